@@ -1,1 +1,15 @@
-"""."""
+"""Operator rules, one file per family. Importing this package registers all of them."""
+
+from reparam.passes.rules import (
+    broadcast,
+    linear,
+    matmul,
+    movement,
+    norm,
+    pointwise,
+    query,
+    reduction,
+    spatial,
+)
+
+__all__ = ["broadcast", "linear", "matmul", "movement", "norm", "pointwise", "query", "reduction", "spatial"]

@@ -1,0 +1,86 @@
+"""GPD against the plain student at lr and ratio^2 lr, several seeds; the numbers of docs/results.md.
+
+    python benchmarks/compare_training.py --data digits
+    python benchmarks/compare_training.py --data fashion-mnist:DIR --limit-train 10000
+
+Takes every option of ``reparam train`` and writes one JSON file into benchmarks/results/ (or ``--result FILE``). Paths
+on the measuring machine are left out of it: of ``--data`` only the kind is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reparam.distill import files
+from reparam.distill.command import add_arguments, config_from
+from reparam.distill.compare import compare
+from reparam.distill.trainer import resolve_device
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="compare_training.py")
+    add_arguments(parser)
+    parser.add_argument("--result", type=Path, help="JSON file to write (default: in benchmarks/results/)")
+    arguments = parser.parse_args()
+    config = config_from(arguments)
+    kind = config.data.partition(":")[0]
+    name = f"compare_training-{kind}-{config.model.rpartition(':')[2]}-{config.epochs}-epochs.json"
+    with tempfile.TemporaryDirectory() as folder:
+        config = dataclasses.replace(config, output=config.output or str(Path(folder, "runs")))
+        content = compare(config, arguments.seeds or (0, 1, 2))
+    target = arguments.result or RESULTS / name
+    files.write_json(target, {**_provenance(kind, config.device), **_without_paths(content, kind)})
+    print(f"result: {target}")
+    return 0
+
+
+def _provenance(kind: str, device: str) -> dict[str, Any]:
+    """Command, commit, date and device of a measurement."""
+    words = ["python", "benchmarks/compare_training.py", *sys.argv[1:]]
+    hidden = {"--output", "--result"}
+    command = [
+        "PATH" if index and words[index - 1] in hidden else _only_kind(word, kind) for index, word in enumerate(words)
+    ]
+    return {
+        "command": " ".join(command),
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(_git("status", "--porcelain")),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "device": _device(resolve_device(device)),
+    }
+
+
+def _device(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def _only_kind(word: str, kind: str) -> str:
+    return f"{word.partition(kind)[0]}{kind}:PATH" if f"{kind}:" in word else word
+
+
+def _without_paths(content: dict[str, Any], kind: str) -> dict[str, Any]:
+    config = {key: value for key, value in content["config"].items() if key not in ("output", "checkpoint")}
+    return {**content, "config": {**config, "data": kind}, "command": None}
+
+
+def _git(*words: str) -> str:
+    done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

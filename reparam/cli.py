@@ -1,0 +1,302 @@
+"""The command line: ``reparam plan | expand | extract | check | train``.
+
+Each command is a thin shell around one public function. Errors that reparam raises itself are printed as
+``error: ...`` with exit code 2; a check that fails exits with 1. torch and timm are imported by the command that
+needs them, so ``reparam --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from reparam.errors import InputError, ReparamError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from reparam.passes.plan import Plan
+
+_MODEL_HELP = "timm name, path/to/file.py:callable, or package.module:callable"
+_EPILOG = """\
+examples:
+  reparam plan resnet18 --ratio 2
+  reparam expand resnet18 --ratio 2 --output teacher.safetensors
+  reparam extract teacher.safetensors resnet18 --output student.safetensors
+  reparam check resnet18 teacher.safetensors --checkpoint-a student.safetensors
+  reparam train
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code: 0 fine, 1 a failed check, 2 bad input."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = build_parser(train_options=arguments[:1] == ["train"])
+    try:
+        options = parser.parse_args(arguments)
+        code: int = options.run(options)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # The reader of our output has gone (`reparam plan ... | head`); keep the shutdown from complaining again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (ReparamError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def build_parser(*, train_options: bool = True) -> argparse.ArgumentParser:
+    """Return the parser; ``train_options=False`` leaves out those of ``train``, whose module imports torch."""
+    parser = argparse.ArgumentParser(
+        prog="reparam",
+        description="Expand a network exactly into a larger teacher, train both, extract the student.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action=_Version)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_plan(commands)
+    _add_expand(commands)
+    _add_extract(commands)
+    _add_check(commands)
+    train = commands.add_parser("train", help="train a student and its teacher together, and extract the student")
+    if train_options:
+        command = importlib.import_module("reparam.distill.command")
+        command.add_arguments(train)
+        train.set_defaults(run=command.run)
+    return parser
+
+
+class _Version(argparse.Action):
+    """Print the version; the import waits until it is asked for."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **_: Any) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help="print the version and exit")
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        import reparam
+
+        parser.exit(message=f"reparam {reparam.__version__}\n")
+
+
+# Options -------------------------------------------------------------------------------------------------------------
+
+
+def _add_plan(commands: Any) -> None:
+    parser = commands.add_parser("plan", help="show what would be widened, what not, and why; change nothing")
+    _add_model(parser, checkpoint=False)
+    _add_widening(parser)
+    parser.add_argument("--json", metavar="FILE", help="write the plan as JSON ('-': print it instead of the table)")
+    parser.add_argument("--dot", metavar="FILE", help="write the plan as a graph in graphviz's DOT language")
+    parser.add_argument("--svg", metavar="FILE", help="draw that graph (needs graphviz; writes DOT text without it)")
+    parser.add_argument("--png", metavar="FILE", help="the same as PNG")
+    parser.set_defaults(run=_plan)
+
+
+def _add_expand(commands: Any) -> None:
+    parser = commands.add_parser("expand", help="write the teacher of a model: same function, more parameters")
+    _add_model(parser)
+    _add_widening(parser)
+    parser.add_argument("--noise", type=float, default=0.25, help="size of the exact symmetry breaking (default 0.25)")
+    parser.add_argument("--no-verify", action="store_true", help="skip the node by node comparison with the student")
+    parser.add_argument("--output", metavar="FILE", required=True, help="teacher file to write (safetensors)")
+    parser.set_defaults(run=_expand)
+
+
+def _add_extract(commands: Any) -> None:
+    parser = commands.add_parser("extract", help="read a teacher and write the student inside it")
+    parser.add_argument("teacher", metavar="TEACHER", help="teacher file that expand or train wrote")
+    _add_model(parser, checkpoint=False)
+    parser.add_argument("--output", metavar="FILE", required=True, help="weight file to write (safetensors)")
+    parser.set_defaults(run=_extract)
+
+
+def _add_check(commands: Any) -> None:
+    parser = commands.add_parser("check", help="compare two models on random inputs; exit code 1 if they differ")
+    parser.add_argument("model", metavar="MODEL_A", help=_MODEL_HELP)
+    parser.add_argument("other", metavar="MODEL_B", help="the same, or a teacher file made from MODEL_A")
+    parser.add_argument("--checkpoint-a", metavar="FILE", help="weights of MODEL_A: safetensors or torch.save")
+    parser.add_argument("--checkpoint-b", metavar="FILE", help="weights of MODEL_B")
+    _add_building(parser)
+    _add_input_size(parser)
+    parser.set_defaults(run=_check)
+
+
+def _add_model(parser: argparse.ArgumentParser, *, checkpoint: bool = True) -> None:
+    parser.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
+    if checkpoint:
+        parser.add_argument("--checkpoint", metavar="FILE", help="weights to load: safetensors or torch.save")
+        parser.add_argument("--pretrained", action="store_true", help="load the pretrained weights (may download)")
+    _add_building(parser, ema=checkpoint)
+
+
+def _add_building(parser: argparse.ArgumentParser, *, ema: bool = True) -> None:
+    parser.add_argument("--num-classes", type=int, metavar="N", help="number of classes to build the model with")
+    parser.add_argument("--in-chans", type=int, metavar="N", help="number of input channels to build the model with")
+    parser.add_argument("--seed", type=int, default=0, help="seed of random weights and noise (default 0)")
+    if ema:
+        parser.add_argument("--ema", action="store_true", help="read the averaged weights of a checkpoint")
+
+
+def _add_widening(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ratio", type=int, default=2, metavar="R", help="replicas of every channel (default 2)")
+    parser.add_argument("--ignore", nargs="+", action="extend", default=[], metavar="PATTERN",
+                        help="module names or globs that stay as they are")  # fmt: skip
+    _add_input_size(parser)
+
+
+def _add_input_size(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--input-size", type=_size, metavar="C,H,W", help="shape of one sample, without the batch")
+
+
+def _size(text: str) -> tuple[int, ...]:
+    try:
+        sizes = tuple(int(part) for part in text.replace("x", ",").split(","))
+    except ValueError:
+        sizes = ()
+    if not sizes or min(sizes) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a shape such as 3,224,224")
+    return sizes
+
+
+# Commands ------------------------------------------------------------------------------------------------------------
+
+
+def _plan(options: argparse.Namespace) -> int:
+    import reparam
+
+    model = _load(options, options.model)
+    plan = reparam.plan(model, options.ratio, example_input=_example(options), ignore=tuple(options.ignore))
+    print(plan.to_json() if options.json == "-" else plan)
+    if options.json and options.json != "-":
+        _write(options.json, plan.to_json())
+    if options.dot:
+        _write(options.dot, plan.to_dot())
+    for kind in ("svg", "png"):
+        if getattr(options, kind):
+            _draw(plan, kind, getattr(options, kind))
+    return 0
+
+
+def _expand(options: argparse.Namespace) -> int:
+    import reparam
+
+    _require_folder(options.output)
+    model = _load(options, options.model, options.checkpoint)
+    teacher = reparam.expand(
+        model,
+        options.ratio,
+        example_input=_example(options),
+        noise=options.noise,
+        ignore=tuple(options.ignore),
+        verify=not options.no_verify,
+    )
+    reparam.save(teacher, options.output)
+    print(f"student {_parameters(model)} -> teacher {_parameters(teacher)} parameters, ratio {options.ratio}")
+    print("the teacher computes " + ("what the student does: every node compared in float64"
+          if not options.no_verify else "an unverified function (--no-verify)"))  # fmt: skip
+    print(f"wrote {options.output}")
+    return 0
+
+
+def _extract(options: argparse.Namespace) -> int:
+    import reparam
+    from reparam.models import save_weights
+
+    _require_folder(options.output)
+    teacher = reparam.load(options.teacher, _load(options, options.model))
+    student = reparam.extract(teacher)
+    save_weights(student, options.output)
+    print(f"teacher {_parameters(teacher)} -> student {_parameters(student)} parameters")
+    print(f"wrote {options.output}")
+    return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    import reparam
+
+    if options.ema and not (options.checkpoint_a or options.checkpoint_b):
+        raise InputError("--ema chooses the averaged weights of a checkpoint, and no checkpoint was given")
+    model = _load(options, options.model, options.checkpoint_a, ema=options.ema)
+    if options.other.endswith(".safetensors"):
+        if options.checkpoint_b:
+            raise InputError(f"{options.other} is a teacher file with its own weights; leave out --checkpoint-b")
+        other: nn.Module = reparam.load(options.other, model)
+    else:
+        other = _load(options, options.other, options.checkpoint_b, ema=options.ema)
+    report = reparam.check(model.eval(), other.eval(), example_input=_example(options))
+    print(report)
+    return 0 if report.passed else 1
+
+
+# Helpers -------------------------------------------------------------------------------------------------------------
+
+
+def _load(
+    options: argparse.Namespace, spec: str, checkpoint: str | None = None, *, ema: bool | None = None
+) -> nn.Module:
+    import torch
+
+    from reparam.models import load_model
+
+    torch.manual_seed(options.seed)
+    wants_ema = getattr(options, "ema", False) if ema is None else ema and checkpoint is not None
+    return load_model(
+        spec,
+        num_classes=options.num_classes,
+        in_chans=options.in_chans,
+        checkpoint=checkpoint,
+        pretrained=getattr(options, "pretrained", False),
+        ema=wants_ema,
+    )
+
+
+def _example(options: argparse.Namespace) -> Tensor | None:
+    if options.input_size is None:
+        return None
+    import torch
+
+    return torch.randn(2, *options.input_size, generator=torch.Generator().manual_seed(options.seed))
+
+
+def _parameters(model: nn.Module) -> str:
+    return f"{sum(parameter.numel() for parameter in model.parameters()):,}"
+
+
+def _require_folder(path: str) -> None:
+    """Fail before the work, not after it."""
+    if not Path(path).parent.is_dir():
+        raise InputError(f"cannot write {path}: there is no folder {Path(path).parent}")
+
+
+def _write(path: str, text: str) -> None:
+    Path(path).write_text(text if text.endswith("\n") else text + "\n", encoding="utf-8")
+    print(f"wrote {path}", file=sys.stderr)
+
+
+def _draw(plan: Plan, kind: str, path: str) -> None:
+    if Path(path).suffix != f".{kind}":
+        raise InputError(f"--{kind} writes a file that ends in .{kind}, not {path}")
+    try:
+        written = plan.draw(path)
+    except subprocess.CalledProcessError as error:
+        raise ReparamError(
+            f"graphviz could not draw {path}: {error.stderr.decode(errors='replace').strip()}"
+        ) from error
+    if written != Path(path):
+        print(f"graphviz's `dot` is not installed, so {path} was not drawn; its source follows", file=sys.stderr)
+    print(f"wrote {written}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

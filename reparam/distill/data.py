@@ -1,0 +1,334 @@
+"""Image classification data by a short name: ``digits``, ``cifar10:DIR``, ``folder:DIR``, ``npz:FILE`` ...
+
+``load_source`` reads and checks the data; small sets become resident uint8 tensors (`Arrays`), image folders stay on
+disk (`Folders`). Turning a source into batches is the business of ``reparam.distill.loaders``.
+"""
+
+from __future__ import annotations
+
+import gzip
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from reparam.errors import DataError, near_matches
+
+
+@dataclass(frozen=True, eq=False)
+class Arrays:
+    """A data set held in memory.
+
+    Attributes:
+        name: the kind of data, without its path.
+        classes: name of each class.
+        x_train: uint8 images ``[N, C, H, W]``.
+        y_train: int64 class indices ``[N]``.
+        x_test: uint8 images ``[M, C, H, W]``.
+        y_test: int64 class indices ``[M]``.
+        shift: default random shift of training images, in pixels.
+        flip: whether training images are mirrored at random by default.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    x_train: Tensor
+    y_train: Tensor
+    x_test: Tensor
+    y_test: Tensor
+    shift: int
+    flip: bool
+
+    @property
+    def in_chans(self) -> int:
+        """Channels of an image."""
+        return int(self.x_train.shape[1])
+
+
+@dataclass(frozen=True, eq=False)
+class Folders:
+    """Two image folders, one sub-folder per class; the data sets are torchvision's ``ImageFolder``."""
+
+    name: str
+    classes: tuple[str, ...]
+    train: Any
+    test: Any
+    in_chans: int = 3
+
+
+Source = Arrays | Folders
+
+_NPZ_NAMES = ("x_train", "y_train", "x_test", "y_test")
+
+
+def load_source(spec: str, limit_train: int | None = None) -> Source:
+    """Read the data set that ``spec`` names.
+
+    Args:
+        spec: ``digits``, or a kind and a path: ``fashion-mnist:DIR``, ``cifar10:DIR``, ``cifar100:DIR``,
+            ``folder:DIR``, ``npz:FILE``.
+        limit_train: keep only so many training images, class balanced; the choice does not depend on any seed.
+
+    Raises:
+        DataError: unknown kind, missing path, or files that are missing, damaged, empty or inconsistent.
+    """
+    kind, separator, path = spec.partition(":")
+    if kind == "digits" and not separator:
+        source: Source = _digits()
+    elif kind in _READERS and path:
+        source = _READERS[kind](Path(path).expanduser())
+    elif kind in _READERS:
+        what = "FILE" if kind == "npz" else "DIR"
+        raise DataError(f"data {spec!r} lacks its path: write {kind}:{what}")
+    else:
+        hint = near_matches(kind, ["digits", *_READERS])
+        known = ", ".join(["digits", *(f"{name}:{'FILE' if name == 'npz' else 'DIR'}" for name in _READERS)])
+        raise DataError(f"unknown data {spec!r}{hint}; known: {known}")
+    return source if limit_train is None else _limited(source, limit_train)
+
+
+def _digits() -> Arrays:
+    """Return scikit-learn's 1,797 digits: 8x8 grey images, half of each class for the test."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
+    split = train_test_split(images, digits.target, test_size=0.5, stratify=digits.target, random_state=0)
+    x_train, x_test, y_train, y_test = split
+    return _arrays("digits", x_train, y_train, x_test, y_test, shift=1, flip=False)
+
+
+def _fashion_mnist(root: Path) -> Arrays:
+    """Read the four idx files, plain or gzipped, in ``root`` or in torchvision's ``root/FashionMNIST/raw``."""
+    from torchvision.datasets import FashionMNIST
+
+    _require_folder(root, "fashion-mnist")
+    folders = [root, root / "raw", root / "FashionMNIST" / "raw"]
+    x_train, x_test = (_read_idx(_idx_file(folders, split, "images"))[..., None] for split in ("train", "t10k"))
+    y_train, y_test = (_read_idx(_idx_file(folders, split, "labels")) for split in ("train", "t10k"))
+    classes = FashionMNIST.classes
+    return _arrays("fashion-mnist", x_train, y_train, x_test, y_test, shift=2, flip=True, classes=classes)
+
+
+def _idx_file(folders: Sequence[Path], split: str, kind: str) -> Path:
+    name = f"{split}-{kind}-idx{3 if kind == 'images' else 1}-ubyte"
+    for folder in folders:
+        for candidate in (folder / name, folder / f"{name}.gz"):
+            if candidate.is_file():
+                return candidate
+    looked = ", ".join(str(folder) for folder in folders)
+    raise DataError(f"fashion-mnist: no file {name} or {name}.gz; looked in {looked}")
+
+
+def _read_idx(path: Path) -> np.ndarray:
+    """Read an idx file of images ``[N, H, W]`` or labels ``[N]`` with torchvision, which needs it unpacked."""
+    from torchvision.datasets.mnist import read_image_file, read_label_file
+
+    read = read_image_file if "images" in path.name else read_label_file
+    try:
+        if path.suffix != ".gz":
+            return np.asarray(read(str(path)))
+        with tempfile.TemporaryDirectory() as folder:
+            plain = Path(folder, path.stem)
+            plain.write_bytes(gzip.decompress(path.read_bytes()))
+            return np.asarray(read(str(plain)))
+    except (ValueError, TypeError, KeyError, AssertionError, RuntimeError, EOFError, OSError, zlib.error) as error:
+        raise DataError(f"{path} is damaged or not an idx file: {error or type(error).__name__}") from error
+
+
+def _cifar(name: str, class_name: str, root: Path) -> Arrays:
+    """Read CIFAR's Python version through torchvision, which compares checksums before it unpickles."""
+    import torchvision
+
+    dataset = getattr(torchvision.datasets, class_name)
+    _require_folder(root, name)
+    root = root.parent if root.name == dataset.base_folder else root
+    try:
+        train, test = dataset(root, train=True), dataset(root, train=False)
+    except RuntimeError as error:
+        raise DataError(
+            f"{name}: {root} needs the unpacked folder {dataset.base_folder} with unchanged files "
+            f"(from {dataset.url}): {error}"
+        ) from error
+    labels = [np.asarray(part.targets) for part in (train, test)]
+    return _arrays(name, train.data, labels[0], test.data, labels[1], shift=4, flip=True, classes=train.classes)
+
+
+def _npz(path: Path) -> Arrays:
+    """Read ``x_train, y_train, x_test, y_test`` from an npz file; pickled content is refused."""
+    if not path.is_file():
+        raise DataError(f"npz: no such file: {path}")
+    try:
+        with path.open("rb") as file:
+            arrays = _read_npz(path, np.load(file, allow_pickle=False))
+    except (ValueError, EOFError, OSError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"npz: {path} is damaged or not an npz file: {error}") from error
+    for split in ("train", "test"):
+        _check_npz_split(path, split, arrays[f"x_{split}"], arrays[f"y_{split}"])
+    shift = arrays["x_train"].shape[1] // 8
+    x_train, y_train, x_test, y_test = (arrays[name] for name in _NPZ_NAMES)
+    return _arrays("npz", x_train, y_train, x_test, y_test, shift=shift, flip=False)
+
+
+def _read_npz(path: Path, content: Any) -> dict[str, np.ndarray]:
+    if not isinstance(content, np.lib.npyio.NpzFile):
+        raise DataError(f"npz: {path} holds a single array; it needs {', '.join(_NPZ_NAMES)}")
+    missing = [name for name in _NPZ_NAMES if name not in content.files]
+    if missing:
+        raise DataError(f"npz: {path} lacks {', '.join(missing)}; it has {', '.join(content.files) or 'nothing'}")
+    return {name: content[name] for name in _NPZ_NAMES}
+
+
+def _check_npz_split(path: Path, split: str, images: np.ndarray, labels: np.ndarray) -> None:
+    if images.dtype != np.uint8 or images.ndim != 4:
+        raise DataError(
+            f"npz: x_{split} in {path} must be uint8 images [N, H, W, C], got {images.dtype} {list(images.shape)}"
+        )
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+        raise DataError(f"npz: y_{split} in {path} must be integer labels [N], got {labels.dtype} {list(labels.shape)}")
+
+
+def _folder(root: Path) -> Folders:
+    from torchvision.datasets import ImageFolder
+
+    _require_folder(root, "folder")
+    train_root = root / "train"
+    test_root = next((root / name for name in ("val", "test") if (root / name).is_dir()), root / "val")
+    for split in (train_root, test_root):
+        if not split.is_dir():
+            raise DataError(
+                f"folder: {root} needs train/ and val/ (or test/), each with one folder per class; {split} is missing"
+            )
+        _check_classes(split)
+    train, test = ImageFolder(train_root), ImageFolder(test_root)
+    if train.classes != test.classes:
+        only_train, only_test = set(train.classes) - set(test.classes), set(test.classes) - set(train.classes)
+        raise DataError(
+            f"folder: {train_root} and {test_root} have different classes; "
+            f"only in the first: {_listed(only_train)}; only in the second: {_listed(only_test)}"
+        )
+    return Folders("folder", tuple(train.classes), train, test)
+
+
+def _check_classes(split: Path) -> None:
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    classes = sorted(entry for entry in split.iterdir() if entry.is_dir())
+    if not classes:
+        raise DataError(f"folder: {split} is empty; it needs one folder of images per class")
+    empty = [
+        entry.name for entry in classes if not any(file.suffix.lower() in IMG_EXTENSIONS for file in entry.rglob("*"))
+    ]
+    if empty:
+        raise DataError(
+            f"folder: no images in {split} for class {_listed(empty)} (looked for {', '.join(IMG_EXTENSIONS)}); "
+            "add images or remove the folder"
+        )
+
+
+def _require_folder(root: Path, kind: str) -> None:
+    if not root.is_dir():
+        raise DataError(f"{kind}: no such folder: {root}")
+    if not any(root.iterdir()):
+        raise DataError(f"{kind}: the folder {root} is empty")
+
+
+def _arrays(
+    name: str,
+    x_train: np.ndarray,
+    y_train: np.ndarray,
+    x_test: np.ndarray,
+    y_test: np.ndarray,
+    shift: int,
+    flip: bool,
+    classes: Sequence[str] | None = None,
+) -> Arrays:
+    """Check sizes and labels, and turn images ``[N, H, W, C]`` into tensors ``[N, C, H, W]``."""
+    for split, images, labels in (("train", x_train, y_train), ("test", x_test, y_test)):
+        if len(images) == 0 or len(images) != len(labels):
+            raise DataError(f"{name}: x_{split} has {len(images)} images and y_{split} {len(labels)} labels")
+    if x_train.shape[1:] != x_test.shape[1:]:
+        raise DataError(f"{name}: training images are {list(x_train.shape[1:])}, test images {list(x_test.shape[1:])}")
+    count = len(classes) if classes is not None else int(max(y_train.max(), 0)) + 1
+    _check_labels(name, y_train, y_test, count)
+    names = tuple(classes) if classes is not None else tuple(str(index) for index in range(count))
+    train, test = (_channels_first(x_train), _labels(y_train)), (_channels_first(x_test), _labels(y_test))
+    return Arrays(name, names, *train, *test, shift=shift, flip=flip)
+
+
+def _channels_first(images: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+
+
+def _labels(labels: np.ndarray) -> Tensor:
+    return torch.from_numpy(labels.astype(np.int64))
+
+
+def _check_labels(name: str, y_train: np.ndarray, y_test: np.ndarray, count: int) -> None:
+    present = set(np.unique(y_train).tolist())
+    missing = [index for index in range(count) if index not in present]
+    if missing:
+        raise DataError(f"{name}: no training images for class {_listed(missing)} of {count} (classes count from 0)")
+    for split, labels in (("y_train", y_train), ("y_test", y_test)):
+        if labels.min() < 0 or labels.max() >= count:
+            raise DataError(
+                f"{name}: {split} has labels from {labels.min()} to {labels.max()}, "
+                f"the training data has classes 0 to {count - 1}"
+            )
+
+
+def _limited(source: Source, count: int) -> Source:
+    """Keep ``count`` training images, as many of each class as there are, chosen by a fixed seed."""
+    labels = source.y_train if isinstance(source, Arrays) else torch.tensor(source.train.targets)
+    if count < len(source.classes):
+        raise DataError(f"--limit-train {count} leaves out whole classes: {source.name} has {len(source.classes)}")
+    if count > len(labels):
+        raise DataError(f"--limit-train {count}: {source.name} has only {len(labels)} training images")
+    keep = balanced_subset(labels, count)
+    if isinstance(source, Arrays):
+        kept = {"x_train": source.x_train[keep], "y_train": source.y_train[keep]}
+        return Arrays(**{**source.__dict__, **kept})
+    source.train.samples = [source.train.samples[index] for index in keep.tolist()]
+    source.train.targets = [target for _, target in source.train.samples]
+    source.train.imgs = source.train.samples
+    return source
+
+
+def balanced_subset(labels: Tensor, count: int, seed: int = 0) -> Tensor:
+    """Return sorted indices of ``count`` images whose classes differ in size by at most one where the data allows it.
+
+    Args:
+        labels: class indices ``[N]``.
+        count: number of images to keep, at most N.
+        seed: which images are drawn.
+    """
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    rank = torch.empty_like(labels)
+    for label in labels.unique():
+        members = order[labels[order] == label]
+        rank[members] = torch.arange(len(members))
+    return order[rank[order].argsort(stable=True)][:count].sort().values
+
+
+def _listed(names: Sequence[Any] | set[str]) -> str:
+    shown = [repr(name) if isinstance(name, str) else str(name) for name in sorted(names)]
+    return ", ".join(shown[:8]) + (f" and {len(shown) - 8} more" if len(shown) > 8 else "") if shown else "none"
+
+
+_READERS: dict[str, Callable[[Path], Source]] = {
+    "fashion-mnist": _fashion_mnist,
+    "cifar10": lambda root: _cifar("cifar10", "CIFAR10", root),
+    "cifar100": lambda root: _cifar("cifar100", "CIFAR100", root),
+    "folder": _folder,
+    "npz": _npz,
+}

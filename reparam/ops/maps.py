@@ -1,0 +1,197 @@
+"""Replica maps: which student index each teacher index repeats.
+
+A widened dimension of ``n`` student indices and ``N >= n`` teacher indices is described by one array
+``index`` of length ``N`` with values in ``[0, n)``: ``teacher[j] == student[index[j]]`` for every ``j``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class ReplicaMap:
+    """Immutable map from teacher index to student index, onto ``range(size)``.
+
+    Args:
+        index: integers [N], the student index of each teacher index.
+        size: number of student indices n; every one of them must occur in ``index``.
+
+    >>> ReplicaMap.repeat(3, 2).index.tolist()
+    [0, 0, 1, 1, 2, 2]
+    """
+
+    index: IntArray
+    size: int
+
+    def __post_init__(self) -> None:
+        index = np.ascontiguousarray(self.index, dtype=np.int64)
+        index.setflags(write=False)
+        object.__setattr__(self, "index", index)
+        if index.ndim != 1:
+            raise ValueError(f"a replica map is one-dimensional, not {index.ndim}-dimensional")
+        if len(index) and (index.min() < 0 or index.max() >= self.size):
+            raise ValueError(f"a replica map onto {self.size} indices has values outside [0, {self.size})")
+        if len(index) < self.size or (self.counts == 0).any():
+            raise ValueError(f"a replica map must reach each of its {self.size} student indices")
+
+    @classmethod
+    def identity(cls, size: int) -> ReplicaMap:
+        """Return the map of a dimension that is not widened."""
+        return cls(np.arange(size), size)
+
+    @classmethod
+    def repeat(cls, size: int, ratio: int) -> ReplicaMap:
+        """Return the default layout: ``ratio`` replicas of each index, innermost."""
+        return cls(np.repeat(np.arange(size), ratio), size)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, ReplicaMap):
+            return NotImplemented
+        return self is other or (self.size == other.size and np.array_equal(self.index, other.index))
+
+    def __hash__(self) -> int:
+        return hash((self.size, self.index.tobytes()))
+
+    def __repr__(self) -> str:
+        if self.innermost is not None:
+            return f"ReplicaMap.repeat({self.size}, {self.innermost})"
+        shown = ", ".join(map(str, self.index[:12])) + (", ..." if len(self) > 12 else "")
+        return f"ReplicaMap([{shown}], size={self.size})"
+
+    @cached_property
+    def counts(self) -> IntArray:
+        """Number of replicas of each student index, [size]."""
+        return np.bincount(self.index, minlength=self.size).astype(np.int64)
+
+    @cached_property
+    def uniform(self) -> int | None:
+        """The number of replicas where all student indices have the same, else None."""
+        if self.size == 0:
+            return 1
+        first = int(self.counts[0])
+        return first if bool((self.counts == first).all()) else None
+
+    @cached_property
+    def is_identity(self) -> bool:
+        """Whether teacher and student dimension are the same."""
+        return len(self) == self.size and bool((self.index == np.arange(self.size)).all())
+
+    @cached_property
+    def innermost(self) -> int | None:
+        """The ratio where this is ``ReplicaMap.repeat(size, ratio)``, else None."""
+        ratio = self.uniform
+        if ratio is None or not bool((self.index == np.repeat(np.arange(self.size), ratio)).all()):
+            return None
+        return ratio
+
+    @cached_property
+    def first(self) -> IntArray:
+        """Teacher position of the first replica of each student index, [size]."""
+        positions = np.full(self.size, len(self), dtype=np.int64)
+        np.minimum.at(positions, self.index, np.arange(len(self)))
+        return positions
+
+    @cached_property
+    def rank(self) -> IntArray:
+        """Which replica (0 = first) of its student index each teacher index is, [N]."""
+        order = np.argsort(self.index, kind="stable")
+        starts = np.concatenate([[0], np.cumsum(self.counts)[:-1]]) if self.size else np.zeros(0, dtype=np.int64)
+        rank = np.empty(len(self), dtype=np.int64)
+        rank[order] = np.arange(len(self)) - np.repeat(starts, self.counts)
+        return rank
+
+    @cached_property
+    def slice(self) -> slice | None:
+        """A slice that picks the first replicas, where one does (a view instead of a copy), else None."""
+        if self.size == 0:
+            return slice(0, 0)
+        if self.size == 1:
+            return slice(int(self.first[0]), int(self.first[0]) + 1)
+        steps = np.diff(self.first)
+        step = int(steps[0])
+        if step <= 0 or not bool((steps == step).all()):
+            return None
+        return slice(int(self.first[0]), int(self.first[-1]) + 1, step)
+
+    def outputs(self, multiplier: int) -> ReplicaMap:
+        """Return the output map of a depthwise operator that gives each channel ``multiplier`` outputs."""
+        index = (self.index[:, None] * multiplier + np.arange(multiplier)).reshape(-1)
+        return ReplicaMap(index, self.size * multiplier)
+
+    def grouped(self, groups: int) -> list[ReplicaMap] | None:
+        """Split into one map per group, or None where a teacher group would mix student groups.
+
+        The teacher dimension is cut into ``groups`` equal blocks; block g must hold the replicas of student
+        block g and nothing else.
+        """
+        if groups <= 0 or self.size % groups or len(self) % groups:
+            return None
+        width, wide = self.size // groups, len(self) // groups
+        blocks = self.index.reshape(groups, wide) - np.arange(groups)[:, None] * width
+        if ((blocks < 0) | (blocks >= width)).any():
+            return None
+        try:
+            return [ReplicaMap(block, width) for block in blocks]
+        except ValueError:
+            return None
+
+    def same_blocks(self, groups: int) -> ReplicaMap | None:
+        """Return the map inside a group where it is the same in every group, else None."""
+        blocks = self.grouped(groups)
+        if blocks is None or any(block != blocks[0] for block in blocks):
+            return None
+        return blocks[0]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON value; the default layout is stored as its ratio."""
+        if self.innermost is not None:
+            return {"size": self.size, "repeat": self.innermost}
+        return {"size": self.size, "index": self.index.tolist()}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> ReplicaMap:
+        """Inverse of :meth:`to_json`."""
+        if "repeat" in data:
+            return cls.repeat(int(data["size"]), int(data["repeat"]))
+        return cls(np.asarray(data["index"], dtype=np.int64), int(data["size"]))
+
+
+def realign(source: ReplicaMap, target: ReplicaMap) -> IntArray:
+    """Return positions p with ``source.index[p] == target.index``, replica k going to replica k (modulo its count).
+
+    Indexing a value that has the map ``source`` with p gives the same value under the map ``target``. First
+    replicas go to first replicas.
+    """
+    if source.size != target.size:
+        raise ValueError(f"maps onto {source.size} and {target.size} indices cannot be aligned")
+    order = np.argsort(source.index, kind="stable")
+    starts = np.concatenate([[0], np.cumsum(source.counts)[:-1]])
+    replica = target.rank % source.counts[target.index]
+    positions: IntArray = order[starts[target.index] + replica]
+    return positions
+
+
+Maps = dict[int, ReplicaMap]
+"""The non-trivial maps of a tensor, by non-negative dimension."""
+
+
+def clean(maps: Maps) -> Maps:
+    """Drop identity maps."""
+    return {dim: m for dim, m in sorted(maps.items()) if not m.is_identity}
+
+
+def take_index(shape: Sequence[int], maps: Maps) -> tuple[int, ...]:
+    """Return the teacher's shape of a student tensor of this shape."""
+    return tuple(len(maps[d]) if d in maps else n for d, n in enumerate(shape))

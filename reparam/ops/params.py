@@ -1,0 +1,196 @@
+"""Parameter maps: how one student tensor becomes one teacher tensor, and back.
+
+The law for a linear operator with output map phi_o and input map phi_i, n_i replicas of input i:
+``W~[o, i] = W[phi_o(o), phi_i(i)] / n_{phi_i(i)}`` (GPD, ICLR 2025, inverse reparameterization, with the
+division on the input side so that activations keep their scale).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reparam.ops.maps import Maps, ReplicaMap, clean, take_index
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Where symmetry-breaking noise may go.
+
+    Args:
+        out_dim: dimension of the weight that runs over outputs.
+        in_dim: dimension that runs over inputs; the noise of the replicas of one input sums to zero.
+    """
+
+    out_dim: int
+    in_dim: int
+
+
+@dataclass(frozen=True)
+class ParamMap:
+    """How a parameter or buffer is widened and narrowed.
+
+    Args:
+        shape: student shape.
+        maps: non-trivial replica map per dimension.
+        divide: dimensions whose replica counts divide the value (the inputs of a linear operator).
+        noise: where symmetry-breaking noise may go, or None.
+        power: exponent of the divisor; 1 for linear weights, 0.5 for the vectors of a power iteration.
+
+    ``narrow(widen(w)) == w``, bit for bit where the counts are powers of two and ``power`` is 1.
+    """
+
+    shape: tuple[int, ...]
+    maps: Maps = field(default_factory=dict)
+    divide: tuple[int, ...] = ()
+    noise: Noise | None = None
+    power: float = 1.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "maps", clean(self.maps))
+        object.__setattr__(self, "divide", tuple(d for d in self.divide if d in self.maps))
+        for dim, replica_map in self.maps.items():
+            if not 0 <= dim < len(self.shape) or replica_map.size != self.shape[dim]:
+                raise ValueError(f"map of dimension {dim} has size {replica_map.size}, tensor has shape {self.shape}")
+
+    def __hash__(self) -> int:
+        return hash((self.shape, tuple(self.maps.items()), self.divide, self.noise, self.power))
+
+    @property
+    def wide_shape(self) -> tuple[int, ...]:
+        """Shape of the teacher's tensor."""
+        return take_index(self.shape, self.maps)
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether teacher and student tensor are the same."""
+        return not self.maps
+
+    def widen(self, value: Tensor, amplitude: float = 0.0, generator: torch.Generator | None = None) -> Tensor:
+        """Return the teacher's tensor of :attr:`wide_shape`, a new tensor without autograd history.
+
+        Args:
+            value: student tensor of :attr:`shape`.
+            amplitude: standard deviation of the noise relative to the root mean square of ``value``; 0 for none.
+            generator: source of the noise; None for torch's default generator.
+        """
+        wide = value.detach()
+        for dim in self.divide:
+            wide = wide / self._divisor(dim, self.maps[dim].counts, wide)
+        for dim, replica_map in self.maps.items():
+            wide = repeat(wide, dim, replica_map)
+        wide = wide.clone(memory_format=torch.contiguous_format) if wide.data_ptr() == value.data_ptr() else wide
+        if amplitude and self.noise is not None and value.numel() and value.is_floating_point():
+            self._add_noise(wide, amplitude * float(value.detach().float().square().mean().sqrt()), generator)
+        return wide
+
+    def narrow(self, wide: Tensor) -> Tensor:
+        """Return the student's tensor of :attr:`shape` from the teacher's; differentiable.
+
+        The first replica of each index, times the divisor: the paper's channel-level part of CBR.
+        """
+        value = wide
+        for dim, replica_map in self.maps.items():
+            value = first_replicas(value, dim, replica_map)
+        for dim in self.divide:
+            value = value * self._divisor(dim, self.maps[dim].counts, value)
+        return value
+
+    def _divisor(self, dim: int, counts: Any, like: Tensor) -> Tensor | float:
+        uniform = self.maps[dim].uniform
+        if uniform is not None:
+            return float(uniform) ** self.power
+        shape = [1] * like.dim()
+        shape[dim] = -1
+        return torch.tensor(counts, dtype=like.dtype, device=like.device).pow(self.power).view(shape)
+
+    def _add_noise(self, wide: Tensor, scale: float, generator: torch.Generator | None) -> None:
+        """Add noise that sums to zero over the replicas of each input and leaves the first replicas alone.
+
+        Rows of replicas 2..r carry noise on all columns; rows of first replicas on columns 2..r only, which needs
+        r >= 3 because the sum must vanish there too.
+        """
+        assert self.noise is not None
+        in_map = self.maps.get(self.noise.in_dim)
+        if in_map is None or in_map.uniform is None or in_map.uniform < 2:
+            return
+        out_map = self.maps.get(self.noise.out_dim) or ReplicaMap.identity(self.shape[self.noise.out_dim])
+        columns = _replica_positions(in_map)
+        view = wide.movedim((self.noise.out_dim, self.noise.in_dim), (0, 1))
+        for rank, rows in enumerate(_replica_positions(out_map)):
+            _noise_block(view, rows, columns if rank else columns[1:], scale / len(columns), generator)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON value."""
+        return {
+            "shape": list(self.shape),
+            "maps": {str(dim): m.to_json() for dim, m in self.maps.items()},
+            "divide": list(self.divide),
+            "noise": None if self.noise is None else [self.noise.out_dim, self.noise.in_dim],
+            "power": self.power,
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> ParamMap:
+        """Inverse of :meth:`to_json`."""
+        return cls(
+            tuple(data["shape"]),
+            {int(dim): ReplicaMap.from_json(m) for dim, m in data["maps"].items()},
+            tuple(data["divide"]),
+            None if data["noise"] is None else Noise(*data["noise"]),
+            float(data["power"]),
+        )
+
+
+def repeat(value: Tensor, dim: int, replica_map: ReplicaMap) -> Tensor:
+    """Repeat the indices of ``dim`` as the map says: the student's value in the teacher's layout."""
+    if replica_map.innermost is not None:
+        return value.repeat_interleave(replica_map.innermost, dim)
+    return value.index_select(dim, torch.tensor(replica_map.index, device=value.device))
+
+
+def first_replicas(value: Tensor, dim: int, replica_map: ReplicaMap) -> Tensor:
+    """Take the first replica of each student index along ``dim``; a view where the layout allows."""
+    if replica_map.slice is not None:
+        return value[(slice(None),) * dim + (replica_map.slice,)]
+    return value.index_select(dim, torch.tensor(replica_map.first, device=value.device))
+
+
+Positions = slice | Tensor
+
+
+def _replica_positions(replica_map: ReplicaMap) -> list[Positions]:
+    """Teacher positions of the k-th replica of the student indices, in their order, for each k."""
+    ratio = replica_map.innermost
+    if ratio is not None:
+        return [slice(k, None, ratio) for k in range(ratio)]
+    positions: list[Positions] = []
+    for k in range(int(replica_map.counts.max())):
+        at = (replica_map.rank == k).nonzero()[0]
+        positions.append(torch.as_tensor(at[replica_map.index[at].argsort(kind="stable")]))
+    return positions
+
+
+def _noise_block(
+    view: Tensor, rows: Positions, columns: list[Positions], scale: float, generator: torch.Generator | None
+) -> None:
+    """Add noise to ``view[rows, c]`` for each c of ``columns`` so that it sums to zero over them."""
+    if len(columns) < 2:
+        return
+    total: Tensor | None = None
+    for k, column in enumerate(columns):
+        block = view[rows][:, column]
+        # The last replica takes what is missing to zero. Drawn on the CPU: a seed means the same on every device.
+        if total is not None and k == len(columns) - 1:
+            eps = -total
+        else:
+            eps = torch.randn(block.shape, generator=generator).mul_(scale).to(view.device, view.dtype)
+            total = eps if total is None else total + eps
+        if isinstance(rows, slice) and isinstance(column, slice):
+            block += eps
+        else:
+            index = torch.arange(view.shape[0])[rows][:, None].to(view.device)
+            view[index, torch.arange(view.shape[1])[column].to(view.device)] = block + eps

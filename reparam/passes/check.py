@@ -1,0 +1,170 @@
+"""Numerical comparison of two networks."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils import _pytree as pytree
+
+from reparam.errors import InputError
+from reparam.passes.example import Inputs, example_for, normalise, random_like
+from reparam.passes.skeleton import first_floating_dtype, skeleton_of
+from reparam.passes.teacher import Teacher
+from reparam.passes.view import StudentView, extract
+
+
+@dataclass(frozen=True)
+class Report:
+    """How far two networks are apart on the same inputs.
+
+    Args:
+        max_abs: largest absolute difference of the outputs in float64.
+        max_rel: the same relative to the largest output.
+        sqnr_db: signal to quantisation noise ratio in dB, 10 log10(sum a^2 / sum (a - b)^2); inf where equal.
+        native_max_abs: largest absolute difference in the networks' own dtype.
+        native_max_rel: the same relative to the largest output.
+        argmax_agreement: share of samples whose largest output is at the same place, in [0, 1].
+        tolerance: relative tolerance in float64.
+        native_tolerance: relative tolerance in the own dtype.
+        dtype: the own dtype.
+    """
+
+    max_abs: float
+    max_rel: float
+    sqnr_db: float
+    native_max_abs: float
+    native_max_rel: float
+    argmax_agreement: float
+    tolerance: float
+    native_tolerance: float
+    dtype: str
+
+    @property
+    def passed(self) -> bool:
+        """Whether both relative differences are within their tolerances."""
+        return self.max_rel <= self.tolerance and self.native_max_rel <= self.native_tolerance
+
+    def __str__(self) -> str:
+        return (
+            f"{'PASS' if self.passed else 'FAIL'}: float64 max abs {self.max_abs:.2e}, max rel {self.max_rel:.2e} "
+            f"(tolerance {self.tolerance:.0e}), SQNR {self.sqnr_db:.0f} dB; {self.dtype} max abs "
+            f"{self.native_max_abs:.2e}, max rel {self.native_max_rel:.2e} (tolerance {self.native_tolerance:.0e}); "
+            f"argmax agreement {self.argmax_agreement:.1%}"
+        )
+
+
+def check(a: nn.Module, b: nn.Module, example_input: Any = None, *, tolerance: float = 1e-10) -> Report:
+    """Compare two networks that should compute the same function; neither is changed.
+
+    Both run in eval mode on the same random inputs, in float64 and in their own dtype, TF32 off. Norm statistics
+    and weights are taken as they are; statistics still at their initial values are randomised the same way in both.
+
+    Args:
+        a: reference.
+        b: the network to compare.
+        example_input: see ``reparam.plan``; only its shapes are used. Found from ``a`` where None.
+        tolerance: relative tolerance in float64.
+
+    Raises:
+        InputError: outputs of different form, or an input that a network does not accept.
+    """
+    inputs = _shapes(a, example_input)
+    dtype = first_floating_dtype(a) or torch.float32
+    device = next((p.device for p in a.parameters()), torch.device("cpu"))
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), _no_tf32():
+        torch.manual_seed(0)
+        real = random_like(inputs, device, torch.float64, None)
+        wide = [_outputs(m, real, torch.float64) for m in (a, b)]
+        native = [_outputs(m, real, dtype) for m in (a, b)]
+    max_abs, max_rel, sqnr = _differences(*wide)
+    native_abs, native_rel, _ = _differences(*native)
+    limits = {torch.float64: tolerance, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+    return Report(
+        max_abs, max_rel, sqnr, native_abs, native_rel, _agreement(*wide), tolerance, limits.get(dtype, 1e-4),
+        str(dtype).removeprefix("torch."),
+    )  # fmt: skip
+
+
+def _shapes(model: nn.Module, example: Any) -> Inputs:
+    if example is not None:
+        args, kwargs = normalise(example)
+        shapes: Inputs = pytree.tree_map(lambda v: v.to("meta") if isinstance(v, Tensor) else v, (args, kwargs))
+        return shapes
+    if isinstance(model, (Teacher, StudentView)):
+        from reparam.passes.example import inputs_from_json
+
+        owner = model.teacher if isinstance(model, StudentView) else model
+        return inputs_from_json(owner.plan.inputs)
+    return example_for(model, skeleton_of(model), None)
+
+
+def _outputs(model: nn.Module, inputs: Inputs, dtype: torch.dtype) -> list[Tensor]:
+    """Run a model on copies of its tensors in another dtype, in eval mode."""
+    target = extract(model.teacher) if isinstance(model, StudentView) else model
+    tensors = {name: _converted(t, dtype) for name, t in [*target.named_parameters(), *target.named_buffers()]}
+    args, kwargs = pytree.tree_map(lambda v: _converted(v, dtype) if isinstance(v, Tensor) else v, inputs)
+    modes = [(m, m.training) for m in target.modules()]
+    try:
+        for module, _mode in modes:
+            module.training = False
+        with torch.no_grad():
+            out = functional_call(target, tensors, args, kwargs)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"{type(model).__name__} does not accept the example input: {error}") from error
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    return [v for v in pytree.tree_leaves(_plain(out)) if isinstance(v, Tensor) and v.is_floating_point()]
+
+
+def _plain(value: Any) -> Any:
+    """Open dataclass-like outputs."""
+    if hasattr(value, "__dataclass_fields__"):
+        return {name: getattr(value, name) for name in value.__dataclass_fields__}
+    return value
+
+
+def _converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach().clone()
+
+
+def _differences(a: list[Tensor], b: list[Tensor]) -> tuple[float, float, float]:
+    if [t.shape for t in a] != [t.shape for t in b]:
+        raise InputError(
+            f"the outputs have different shapes: {[tuple(t.shape) for t in a]} and {[tuple(t.shape) for t in b]}"
+        )
+    worst = relative = signal = noise = 0.0
+    for x, y in zip(a, b, strict=True):
+        x, y = x.double(), y.double()
+        difference = float((x - y).abs().max()) if x.numel() else 0.0
+        if not math.isfinite(difference):
+            difference = 0.0 if torch.equal(x.nan_to_num(7.0), y.nan_to_num(7.0)) else math.inf
+        scale = float(x.abs().max()) if x.numel() else 0.0
+        worst = max(worst, difference)
+        relative = max(relative, difference / scale if scale > 0 else difference)
+        signal += float(x.square().sum())
+        noise += float((x - y).square().sum())
+    return worst, relative, math.inf if noise == 0 else 10 * math.log10(max(signal, 1e-300) / noise)
+
+
+def _agreement(a: list[Tensor], b: list[Tensor]) -> float:
+    shares = [float((x.argmax(1) == y.argmax(1)).double().mean()) for x, y in zip(a, b, strict=True) if x.dim() > 1]
+    return min(shares, default=1.0)
+
+
+@contextlib.contextmanager
+def _no_tf32() -> Iterator[None]:
+    """Exact float32 on GPUs: cuDNN allows TF32 by default."""
+    cudnn, matmul = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = cudnn, matmul

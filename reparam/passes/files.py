@@ -1,0 +1,127 @@
+"""Teachers on disk: safetensors with the plan as versioned JSON in the header. Nothing is ever pickled."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reparam.errors import FormatError, InputError, near_matches
+from reparam.passes.example import inputs_from_json
+from reparam.passes.expand import fingerprint
+from reparam.passes.plan import Plan
+from reparam.passes.skeleton import skeleton_of
+from reparam.passes.teacher import Teacher, require_teacher
+from reparam.passes.tracer import trace
+from reparam.passes.validate import check_model
+from reparam.passes.widen import build_teacher
+
+
+def save(teacher: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write a teacher as safetensors; the plan goes into the file's metadata. The write is atomic.
+
+    Raises:
+        InputError: not a teacher, or the folder does not exist.
+    """
+    from safetensors.torch import save_file
+
+    owner = require_teacher(teacher)
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise InputError(f"the folder {target.parent} does not exist; make it first")
+    tensors = _unshared(owner.state_dict())
+    handle, temporary = tempfile.mkstemp(dir=target.parent, suffix=".tmp")
+    os.close(handle)
+    try:
+        save_file(tensors, temporary, metadata={"format": "pt", "reparam_plan": owner.plan.to_json()})
+        os.replace(temporary, target)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Keep one name of each tied tensor, contiguous on the CPU; loading finds the ties in the student."""
+    seen: set[tuple[int, Any]] = set()
+    result = {}
+    for name, tensor in state.items():
+        key = (tensor.data_ptr(), tensor.shape)
+        if tensor.numel() and key in seen:
+            continue
+        seen.add(key)
+        result[name] = tensor.detach().cpu().contiguous()
+    return result
+
+
+def load(path: str | os.PathLike[str], student: nn.Module) -> Teacher:
+    """Read a teacher that ``save`` wrote.
+
+    Args:
+        path: the file.
+        student: a model of the class that was expanded; its weights are not used, its device and mode are.
+
+    Raises:
+        FormatError: the file is missing, damaged, of another version, or does not fit the student.
+    """
+    check_model(student, values=False)
+    tensors, plan = _read(Path(path))
+    if plan.model != type(student).__name__:
+        raise FormatError(f"{path} holds a teacher of {plan.model}, the given student is a {type(student).__name__}")
+    skeleton = skeleton_of(student)
+    capture = trace(skeleton, *inputs_from_json(plan.inputs))
+    if fingerprint(capture.graph) != plan.graph:
+        raise FormatError(
+            f"{path}: the graph of the given student differs from the one that was expanded; build the student with "
+            "the same arguments, and use the library versions that wrote the file"
+        )
+    _check_shapes(path, student, plan)
+    teacher = build_teacher(student, capture, plan, 0.0)
+    _load_tensors(path, teacher, tensors)
+    return teacher
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], Plan]:
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise FormatError(f"{path} does not exist")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if "reparam_plan" not in metadata:
+                raise FormatError(f"{path} holds no plan: it is not a teacher written by reparam.save")
+            plan = Plan.from_json(metadata["reparam_plan"])
+            return {name: file.get_tensor(name) for name in file.keys()}, plan  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        if isinstance(error, FormatError):
+            raise
+        raise FormatError(f"{path} is no readable safetensors file (truncated or damaged): {error}") from error
+
+
+def _check_shapes(path: Any, student: nn.Module, plan: Plan) -> None:
+    shapes = {name: tuple(t.shape) for name, t in [*student.named_parameters(), *student.named_buffers()]}
+    for name, param_map in plan.params.items():
+        if name not in shapes:
+            raise FormatError(f"{path}: the student has no {name}{near_matches(name, shapes)}")
+        if shapes[name] != param_map.shape:
+            raise FormatError(f"{path}: {name} was {list(param_map.shape)}, the given student has {list(shapes[name])}")
+
+
+def _load_tensors(path: Any, teacher: Teacher, tensors: dict[str, Tensor]) -> None:
+    own = teacher.state_dict()
+    for name, tensor in tensors.items():
+        if name in own and own[name].shape != tensor.shape:
+            raise FormatError(
+                f"{path}: {name} has shape {list(tensor.shape)}, the teacher needs {list(own[name].shape)}"
+            )
+    unexpected = [name for name in tensors if name not in own]
+    covered = {own[name].data_ptr() for name in tensors if name in own}
+    missing = [n for n, t in own.items() if n not in tensors and (t.data_ptr() not in covered or not t.numel())]
+    if unexpected or missing:
+        raise FormatError(f"{path} does not fit: missing {missing[:5]}, unexpected {unexpected[:5]}")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)

@@ -1,0 +1,59 @@
+"""Run one operator on meta tensors: shapes and dtypes without data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from reparam.passes.skeleton import to_meta
+
+
+class Unknown:
+    """The value of a node whose result cannot be computed on the meta device."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+    def __repr__(self) -> str:
+        return f"Unknown({self.reason})"
+
+
+def run_on_meta(kind: str, target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Run ``target`` as an fx node of this kind would, every tensor and every device replaced by meta."""
+    args, kwargs = pytree.tree_map(_to_meta, (tuple(args), dict(kwargs)))
+    if "device" in kwargs:
+        kwargs["device"] = torch.device("meta")
+    with torch.no_grad(), torch.device("meta"):
+        if kind == "call_method":
+            if target in ("cpu", "cuda"):
+                return args[0]
+            return getattr(args[0], target)(*args[1:], **kwargs)
+        return target(*args, **kwargs)
+
+
+def _to_meta(value: Any) -> Any:
+    if isinstance(value, torch.device):
+        return torch.device("meta")
+    return to_meta(value)
+
+
+def run_module_on_meta(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Run a module with meta parameters on meta inputs; its state is not changed."""
+    args, kwargs = pytree.tree_map(_to_meta, (tuple(args), dict(kwargs)))
+    with torch.no_grad(), torch.device("meta"):
+        return module(*args, **kwargs)
+
+
+def describe(value: Any) -> str:
+    """Return a short description for messages: shapes of tensors, values of anything else."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    if isinstance(value, (tuple, list)):
+        return f"({', '.join(describe(v) for v in value)})"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k}: {describe(v)}" for k, v in value.items()) + "}"
+    return repr(value)

@@ -1,0 +1,325 @@
+"""The plan: what ``expand`` does to a model, as immutable data. Two tables and their explanation.
+
+(a) parameter or buffer -> :class:`~reparam.ops.params.ParamMap`; (b) node edits and module attributes. Everything that
+expands, extracts, saves and loads reads these tables and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path as FilePath
+from types import MappingProxyType
+from typing import Any
+
+from reparam.errors import FormatError, InputError
+from reparam.ops.maps import ReplicaMap
+from reparam.ops.params import ParamMap
+from reparam.ops.steps import Step, step_from_json
+
+VERSION = 1
+
+STATISTICS = "student_statistics"
+"""Prefix of the student's own norm statistics in a teacher's state_dict."""
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One conv or linear weight.
+
+    Args:
+        name: path of the parameter.
+        operator: operator that uses it.
+        source: file and line of the call.
+        shape: student shape.
+        wide_shape: teacher shape.
+        inputs: the input side is widened, or is the network's own input.
+        outputs: the output side is widened, or is the network's own output.
+        reason: why a side keeps its width, or an empty string.
+        multiply_adds: of the student, per sample.
+        wide_multiply_adds: of the teacher, per sample.
+    """
+
+    name: str
+    operator: str
+    source: str
+    shape: tuple[int, ...]
+    wide_shape: tuple[int, ...]
+    inputs: bool
+    outputs: bool
+    reason: str
+    multiply_adds: int
+    wide_multiply_adds: int
+
+    @property
+    def widened(self) -> bool:
+        """Whether both sides are widened as far as the network allows."""
+        return self.inputs and self.outputs and self.wide_shape != self.shape
+
+
+@dataclass(frozen=True)
+class ContractionPlan:
+    """A node in front of which values return to student width, with the reason."""
+
+    node: str
+    operator: str
+    module: str
+    source: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class EditPlan:
+    """How the teacher's node differs from the student's (see ``reparam.passes.call.NodeEdit``)."""
+
+    steps: tuple[tuple[tuple[Any, ...], tuple[Step, ...]], ...] = ()
+    constants: tuple[tuple[tuple[Any, ...], Any], ...] = ()
+    out: tuple[Step, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What would be widened, what not and why. Immutable; ``str(plan)`` is a table.
+
+    Args:
+        model: class name of the student.
+        ratio: replicas per channel.
+        inputs: the example input, as shapes and dtypes.
+        params: parameter or buffer -> map; those that are not listed stay as they are.
+        edits: node name -> edit.
+        attributes: module attributes that change (``"features.0.groups": 64``).
+        statistics: buffers of which the student keeps its own.
+        layers: every conv and linear weight.
+        contractions: nodes in front of which values return to student width.
+        value_maps: node name -> maps of its tensors, in order; the invariant that verification checks.
+        leaves: modules kept as they are, with the reason.
+        graph: fingerprint of the captured graph.
+        notes: what a user should know.
+    """
+
+    model: str
+    ratio: int
+    inputs: Mapping[str, Any]
+    params: Mapping[str, ParamMap]
+    edits: Mapping[str, EditPlan]
+    attributes: Mapping[str, Any]
+    statistics: tuple[str, ...]
+    layers: tuple[LayerPlan, ...]
+    contractions: tuple[ContractionPlan, ...]
+    value_maps: Mapping[str, tuple[tuple[tuple[int, ReplicaMap], ...], ...]]
+    leaves: Mapping[str, str]
+    graph: str
+    parameters: int
+    wide_parameters: int
+    notes: tuple[str, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        for name in ("inputs", "params", "edits", "attributes", "value_maps", "leaves"):
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
+        return self  # immutable
+
+    @property
+    def coverage(self) -> float:
+        """Share of conv and linear weight values that are widened on both sides, in [0, 1].
+
+        The network's own inputs and outputs count as done. 0 for ratio 1 and for a model without such weights.
+        """
+        total = sum(_numel(layer.shape) for layer in self.layers)
+        done = sum(_numel(layer.shape) for layer in self.layers if layer.widened)
+        return done / total if total else 0.0
+
+    @property
+    def multiply_adds(self) -> tuple[int, int]:
+        """Multiply-adds of the conv and linear layers per sample: of the student, of the teacher."""
+        return sum(x.multiply_adds for x in self.layers), sum(x.wide_multiply_adds for x in self.layers)
+
+    # -- for people ----------------------------------------------------------------------------------------------
+
+    def __str__(self) -> str:
+        rows = [("layer", "operator", "shape", "teacher", "widened", "multiply-adds")]
+        for layer in self.layers:
+            word = "yes" if layer.widened else "no"
+            word += f" ({layer.reason})" if layer.reason else ""
+            work = f"{_count(layer.multiply_adds)} -> {_count(layer.wide_multiply_adds)}"
+            rows.append((layer.name, layer.operator, _shape(layer.shape), _shape(layer.wide_shape), word, work))
+        widths = [max(len(row[k]) for row in rows) for k in range(6)]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines.insert(1, "  ".join("-" * w for w in widths))
+        return "\n".join([*lines, "", *self._summary()])
+
+    def _summary(self) -> list[str]:
+        before, after = self.multiply_adds
+        lines = [
+            f"{self.model}, ratio {self.ratio}: {self.coverage:.1%} of the conv and linear weights widened on both sides",
+            f"parameters {_count(self.parameters)} -> {_count(self.wide_parameters)}, "
+            f"multiply-adds per sample {_count(before)} -> {_count(after)}",
+        ]
+        for c in self.contractions:
+            where = f" in {c.module}" if c.module else ""
+            lines.append(f"contracted before {c.operator} ({c.node}{where}, {c.source}): {c.reason}")
+        return [*lines, *self.notes]
+
+    def to_dot(self) -> str:
+        """Return the plan as a graphviz graph: layers in order, widened ones filled, with their shapes."""
+        lines = ["digraph plan {", "  rankdir=TB;", '  node [shape=box, fontname="Helvetica", style=filled];']
+        previous = None
+        for k, layer in enumerate(self.layers):
+            colour = "#cfe8cf" if layer.widened else "#f2d3c8"
+            label = f"{layer.name}\\n{layer.operator} {_shape(layer.shape)} -> {_shape(layer.wide_shape)}"
+            label += f"\\n{layer.reason}" if layer.reason else ""
+            lines.append(f'  n{k} [label="{label.replace(chr(34), chr(39))}", fillcolor="{colour}"];')
+            if previous is not None:
+                lines.append(f"  n{previous} -> n{k};")
+            previous = k
+        return "\n".join([*lines, "}"])
+
+    def draw(self, path: str | FilePath) -> FilePath:
+        """Write the drawing as SVG or PNG (by the ending) with graphviz, as dot text where that is not installed.
+
+        Returns:
+            The file that was written (its ending is ``.dot`` for the text).
+        """
+        target = FilePath(path)
+        kind = target.suffix.lstrip(".").lower()
+        if kind not in ("svg", "png", "dot"):
+            raise InputError(f"cannot draw a plan as {target.name!r}: the ending must be .svg, .png or .dot")
+        program = shutil.which("dot")
+        if kind == "dot" or program is None:
+            target = target.with_suffix(".dot")
+            target.write_text(self.to_dot())
+            return target
+        drawn = subprocess.run([program, f"-T{kind}"], input=self.to_dot().encode(), capture_output=True, check=True)
+        target.write_bytes(drawn.stdout)
+        return target
+
+    # -- for files -----------------------------------------------------------------------------------------------
+
+    def to_json(self) -> str:
+        """Return the plan as JSON text; :meth:`from_json` is its inverse."""
+        data = {
+            "format": "reparam-plan",
+            "version": VERSION,
+            "model": self.model,
+            "ratio": self.ratio,
+            "inputs": dict(self.inputs),
+            "params": {name: m.to_json() for name, m in self.params.items()},
+            "edits": {name: _edit_to_json(edit) for name, edit in self.edits.items()},
+            "attributes": dict(self.attributes),
+            "statistics": list(self.statistics),
+            "layers": [asdict(layer) for layer in self.layers],
+            "contractions": [asdict(c) for c in self.contractions],
+            "value_maps": {
+                name: [[[d, m.to_json()] for d, m in maps] for maps in tensors]
+                for name, tensors in self.value_maps.items()
+            },
+            "leaves": dict(self.leaves),
+            "graph": self.graph,
+            "parameters": self.parameters,
+            "wide_parameters": self.wide_parameters,
+            "notes": list(self.notes),
+        }
+        return json.dumps(data)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read a plan.
+
+        Raises:
+            FormatError: not a plan, or of a version that this release does not know.
+        """
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise FormatError(f"not a plan: the text is not JSON ({error})") from error
+        if not isinstance(data, dict) or data.get("format") != "reparam-plan":
+            raise FormatError("not a plan: the JSON has no 'format': 'reparam-plan'")
+        if data.get("version") != VERSION:
+            raise FormatError(
+                f"this plan has version {data.get('version')!r}, this release of reparam reads version {VERSION}; "
+                "make the plan again, or install the release that wrote it"
+            )
+        try:
+            return _plan_from(data)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise FormatError(f"the plan is damaged: {type(error).__name__}: {error}") from error
+
+
+def _plan_from(data: dict[str, Any]) -> Plan:
+    def layer(row: dict[str, Any]) -> LayerPlan:
+        return LayerPlan(**{**row, "shape": tuple(row["shape"]), "wide_shape": tuple(row["wide_shape"])})
+
+    def tensors(rows: list[Any]) -> tuple[Any, ...]:
+        return tuple(tuple((int(d), ReplicaMap.from_json(m)) for d, m in maps) for maps in rows)
+
+    return Plan(
+        model=data["model"],
+        ratio=data["ratio"],
+        inputs=data["inputs"],
+        params={name: ParamMap.from_json(m) for name, m in data["params"].items()},
+        edits={name: _edit_from_json(edit) for name, edit in data["edits"].items()},
+        attributes={name: tuple(v) if isinstance(v, list) else v for name, v in data["attributes"].items()},
+        statistics=tuple(data["statistics"]),
+        layers=tuple(layer(row) for row in data["layers"]),
+        contractions=tuple(ContractionPlan(**row) for row in data["contractions"]),
+        value_maps={name: tensors(rows) for name, rows in data["value_maps"].items()},
+        leaves=data["leaves"],
+        graph=data["graph"],
+        parameters=data["parameters"],
+        wide_parameters=data["wide_parameters"],
+        notes=tuple(data["notes"]),
+    )
+
+
+def _edit_to_json(edit: EditPlan) -> dict[str, Any]:
+    return {
+        "steps": [[list(path), [step.to_json() for step in steps]] for path, steps in edit.steps],
+        "constants": [[list(path), _constant_to_json(value)] for path, value in edit.constants],
+        "out": [step.to_json() for step in edit.out],
+    }
+
+
+def _edit_from_json(data: dict[str, Any]) -> EditPlan:
+    return EditPlan(
+        tuple((tuple(path), tuple(step_from_json(step) for step in steps)) for path, steps in data["steps"]),
+        tuple((tuple(path), _constant_from_json(value)) for path, value in data["constants"]),
+        tuple(step_from_json(step) for step in data["out"]),
+    )
+
+
+def _constant_to_json(value: Any) -> Any:
+    if isinstance(value, slice):
+        return {"slice": [value.start, value.stop, value.step]}
+    if isinstance(value, tuple):
+        return {"tuple": [_constant_to_json(v) for v in value]}
+    return value
+
+
+def _constant_from_json(value: Any) -> Any:
+    if isinstance(value, dict) and "slice" in value:
+        return slice(*value["slice"])
+    if isinstance(value, dict) and "tuple" in value:
+        return tuple(_constant_from_json(v) for v in value["tuple"])
+    return value
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    result = 1
+    for n in shape:
+        result *= n
+    return result
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _count(value: float) -> str:
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.2f}{unit}"
+    return str(int(value))

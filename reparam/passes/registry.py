@@ -1,0 +1,68 @@
+"""The registry of operator rules.
+
+A rule is a function ``rule(call, <the operator's parameters>)`` whose signature binds the operator's arguments. It
+receives values of both worlds (``reparam.passes.values``), prepares the teacher's call through ``call`` and returns
+the value of the result. Raising :class:`~reparam.passes.values.Refuse` makes the planner contract instead.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+RuleFunction = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule and the family file it stands in.
+
+    Args:
+        function: the rule.
+        family: name of the file in ``reparam/passes/rules``.
+        mixing: the operator sums over a channel dimension (a producer in front of it is worth widening);
+            a function where that depends on the arguments.
+    """
+
+    function: RuleFunction
+    family: str
+    mixing: bool | Callable[[fx.Node], bool]
+    signature: inspect.Signature
+
+
+RULES: dict[Any, Rule] = {}
+
+
+def rule(*targets: Any, mixing: bool | Callable[[fx.Node], bool] = False) -> Callable[[RuleFunction], RuleFunction]:
+    """Register a rule for functions (by object) and tensor methods (by name); ``None`` targets are skipped.
+
+    Raises:
+        ValueError: a target has a rule already.
+    """
+
+    def register(function: RuleFunction) -> RuleFunction:
+        parameters = list(inspect.signature(function).parameters.values())[1:]
+        entry = Rule(function, function.__module__.rsplit(".", 1)[-1], mixing, inspect.Signature(parameters))
+        for target in targets:
+            if target is None:
+                continue
+            if target in RULES and RULES[target].function is not function:
+                raise ValueError(f"{target} has a rule already, in {RULES[target].family}")
+            RULES[target] = entry
+        return function
+
+    return register
+
+
+def find_rule(kind: str, target: Any) -> Rule | None:
+    """Return the rule of a node's target, or None."""
+    if kind not in ("call_function", "call_method"):
+        return None
+    try:
+        return RULES.get(target)
+    except TypeError:  # unhashable target
+        return None

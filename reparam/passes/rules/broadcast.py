@@ -1,0 +1,109 @@
+"""Operators on several tensors that broadcast against each other."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from reparam.ops.maps import Maps, ReplicaMap
+from reparam.passes.call import At, Call
+from reparam.passes.registry import rule
+from reparam.passes.values import Free, Pair, Refuse, Value, student, walk
+
+_NAMES = """
+    add sub subtract mul multiply div divide true_divide floor_divide remainder fmod pow float_power maximum
+    minimum fmax fmin eq ne lt le gt ge equal_ not_equal less less_equal greater greater_equal logical_and
+    logical_or logical_xor bitwise_and bitwise_or bitwise_xor atan2 hypot copysign heaviside lerp addcmul
+    addcdiv where clamp clip masked_fill xlogy rsub ldexp logaddexp logaddexp2
+""".split()
+
+_OPERATORS = [
+    operator.add, operator.sub, operator.mul, operator.truediv, operator.floordiv, operator.mod, operator.pow,
+    operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge, operator.and_, operator.or_,
+    operator.xor, operator.neg, operator.pos, operator.abs, operator.invert, operator.iadd, operator.isub,
+    operator.imul, operator.itruediv, operator.ipow, operator.ifloordiv, operator.imod, operator.iand, operator.ior,
+]  # fmt: skip
+
+
+def _targets() -> list[Any]:
+    found: dict[Any, None] = dict.fromkeys(_OPERATORS)
+    for name in _NAMES:
+        for holder in (torch, torch.special):
+            function = getattr(holder, name, None)
+            if callable(function):
+                found[function] = None
+        for method in (name, name + "_"):
+            if hasattr(torch.Tensor, method):
+                found[method] = None
+    return list(found)
+
+
+@rule(*_targets())
+def broadcast(call: Call, *args: Value, **kwargs: Value) -> Value:
+    """Bring all tensors to the same map in every dimension of the result; gather parameters and constants."""
+    places = [At(("args", *p)) for p, leaf in walk(list(call.args)) if isinstance(leaf, (Pair, Free))]
+    places += [At(("kwargs", *p)) for p, leaf in walk(call.kwargs) if isinstance(leaf, (Pair, Free))]
+    if not places:
+        return call.result()
+    maps = _agree(call, places)
+    return call.result(lambda s, _t: maps)
+
+
+def _agree(call: Call, places: list[At]) -> Maps:
+    """Choose the result's maps and give each tensor its part of them."""
+    rank = max(student(call.get(place)).dim() for place in places)
+    chosen: Maps = {}
+    for dim in range(rank):
+        choice = _choose(call, places, dim - rank)
+        if choice is not None:
+            chosen[dim] = choice
+    for place in places:
+        value = student(call.get(place))
+        own: Maps = {}
+        for dim, replica_map in chosen.items():
+            axis = dim - rank + value.dim()
+            if (
+                axis >= 0
+                and value.shape[axis] == replica_map.size
+                and not _stretched(call, places, axis - value.dim(), value)
+            ):
+                own[axis] = replica_map
+        call.match(place, own)
+    return chosen
+
+
+def _stretched(call: Call, places: list[At], axis: int, value: Any) -> bool:
+    """Whether this tensor has one index here and another one has more: it broadcasts."""
+    return value.shape[axis] == 1 and any(_size(student(call.get(p)), axis) > 1 for p in places)
+
+
+def _size(value: Any, axis: int) -> int:
+    return int(value.shape[axis]) if value.dim() >= -axis else 1
+
+
+def _choose(call: Call, places: list[At], axis: int) -> ReplicaMap | None:
+    """The map of one result dimension (negative ``axis``): the widest among those that do not broadcast there."""
+    size = max(_size(student(call.get(place)), axis) for place in places)
+    found: list[ReplicaMap] = []
+    narrow = False
+    for place in places:
+        value = call.get(place)
+        if not isinstance(value, Pair) or _size(value.s, axis) != size or value.ndim < -axis:
+            continue
+        replica_map = value.maps.get(value.ndim + axis)
+        if replica_map is None:
+            narrow = narrow or size > 1
+        else:
+            found.append(replica_map)
+    if not found or (narrow and call.ends):
+        return None
+    return max(found, key=len)
+
+
+@rule(F.bilinear)
+def bilinear(call: Call, *args: Value, **kwargs: Value) -> Value:
+    """Bilinear forms are contracted."""
+    raise Refuse("a bilinear form of two mapped inputs")

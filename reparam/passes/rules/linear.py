@@ -1,0 +1,203 @@
+"""Convolutions and linear layers: ``W~[o, i] = W[phi_o(o), phi_i(i)] / n_i``, ``b~ = b[phi_o]``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from reparam.ops.maps import ReplicaMap
+from reparam.passes.call import Call
+from reparam.passes.registry import rule
+from reparam.passes.values import Pair, Refuse, Value, student
+
+
+def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def _meta(node: Any) -> Any:
+    return node.meta.get("val") if isinstance(node, fx.Node) else node
+
+
+def _mixes_conv(node: fx.Node) -> bool:
+    weight = _meta(_argument(node, 1, "weight", None))
+    groups = _argument(node, 6, "groups", 1)
+    return not (isinstance(weight, Tensor) and isinstance(groups, int) and groups > 1 and weight.shape[1] == 1)
+
+
+def _mixes_transposed(node: fx.Node) -> bool:
+    weight = _meta(_argument(node, 1, "weight", None))
+    groups = _argument(node, 6, "groups", 1)
+    return not (isinstance(weight, Tensor) and isinstance(groups, int) and groups > 1 and weight.shape[0] == groups)
+
+
+def output_map(call: Call, size: int, groups: int = 1) -> ReplicaMap:
+    """Return the free choice of phi_o: narrow where only the network's output follows, else the default layout."""
+    if call.ends:
+        return ReplicaMap.identity(size)
+    return ReplicaMap.repeat(size, call.planner.ratio)
+
+
+def _channel_dim(call: Call, spatial: int) -> int:
+    """The channel dimension of a batched or unbatched input; contracts every other mapped dimension."""
+    x = call.pair("input")
+    channel = x.ndim - spatial - 1
+    call.narrow("input", [d for d in x.maps if d != channel])
+    return channel
+
+
+@rule(torch.conv1d, torch.conv2d, torch.conv3d, F.conv1d, F.conv2d, F.conv3d, mixing=_mixes_conv)
+def conv(
+    call: Call,
+    input: Value,
+    weight: Value,
+    bias: Value = None,
+    stride: Value = 1,
+    padding: Value = 0,
+    dilation: Value = 1,
+    groups: Value = 1,
+) -> Value:
+    """Convolution, weight [O, I / groups, ...]."""
+    shape = student(weight).shape
+    channel = _channel_dim(call, len(shape) - 2)
+    if groups > 1 and shape[1] == 1:
+        return _depthwise(call, channel, groups, shape[0] // groups, weight_dim=0)
+    phi_in = _group_inputs(call, channel, groups)
+    return _dense(call, channel, groups, out_dim=0, in_dim=1, inner=phi_in, outputs=shape[0])
+
+
+@rule(
+    torch.conv_transpose1d,
+    torch.conv_transpose2d,
+    torch.conv_transpose3d,
+    F.conv_transpose1d,
+    F.conv_transpose2d,
+    F.conv_transpose3d,
+    mixing=_mixes_transposed,
+)
+def conv_transpose(
+    call: Call,
+    input: Value,
+    weight: Value,
+    bias: Value = None,
+    stride: Value = 1,
+    padding: Value = 0,
+    output_padding: Value = 0,
+    groups: Value = 1,
+    dilation: Value = 1,
+) -> Value:
+    """Transposed convolution, weight [I, O / groups, ...]."""
+    shape = student(weight).shape
+    channel = _channel_dim(call, len(shape) - 2)
+    if groups > 1 and shape[0] == groups:
+        return _depthwise(call, channel, groups, shape[1], weight_dim=0)
+    _group_inputs(call, channel, groups)
+    return _dense(call, channel, groups, out_dim=1, in_dim=0, inner=None, outputs=shape[1] * groups)
+
+
+@rule(F.linear, torch._C._nn.linear, mixing=True)
+def linear(call: Call, input: Value, weight: Value, bias: Value = None) -> Value:
+    """Linear layer, weight [O, I], acting on the last dimension."""
+    x = call.pair("input")
+    channel = x.ndim - 1
+    if student(weight).dim() == 1:
+        raise Refuse("a linear operator with a vector as its weight")
+    return _dense(call, channel, 1, out_dim=0, in_dim=1, inner=x.maps.get(channel), outputs=student(weight).shape[0])
+
+
+def _group_inputs(call: Call, channel: int, groups: int) -> ReplicaMap | None:
+    """Give the input a map that is the same in every group; returns the map inside a group."""
+    x = call.pair("input")
+    phi = x.maps.get(channel)
+    if phi is None or groups == 1:
+        return phi
+    inner = phi.same_blocks(groups)
+    if inner is None and phi.uniform is not None:
+        phi = ReplicaMap.repeat(phi.size, phi.uniform)
+        call.align("input", channel, phi)
+        inner = phi.same_blocks(groups)
+    if inner is None:
+        raise Refuse(f"the replicas of its input are not the same in each of the {groups} groups")
+    return inner
+
+
+def _dense(
+    call: Call, channel: int, groups: int, *, out_dim: int, in_dim: int, inner: ReplicaMap | None, outputs: int
+) -> Value:
+    """The linear law for a weight whose dimensions are those of one group where that is how torch stores it."""
+    x = call.pair("input")
+    phi_in = x.maps.get(channel)
+    phi_out = output_map(call, outputs, groups)
+    transposed = out_dim == 1
+    # conv stores [O, I / groups], transposed conv [I, O / groups].
+    weight_in = phi_in if transposed else inner
+    weight_out = phi_out.same_blocks(groups) if transposed and groups > 1 else phi_out
+    wanted = {d: m for d, m in ((in_dim, weight_in), (out_dim, weight_out)) if m is not None}
+    weight = call.weight("weight", wanted, out_dim, in_dim)
+    _follow_weight(call, weight, channel, groups, in_dim, transposed)
+    phi_out = _ungrouped(weight.maps.get(out_dim), groups if transposed else 1, outputs)
+    _bias(call, phi_out)
+    value = call.result(lambda s, _t: {channel: phi_out, **{d: m for d, m in _others(call, channel).items()}})
+    _record(call, weight, channel, out_dim, in_dim)
+    return value
+
+
+def _others(call: Call, channel: int) -> dict[int, ReplicaMap]:
+    return {d: m for d, m in call.pair("input").maps.items() if d != channel}
+
+
+def _follow_weight(call: Call, weight: Pair, channel: int, groups: int, in_dim: int, transposed: bool) -> None:
+    """Bring the input into the layout that the weight has."""
+    target = weight.maps.get(in_dim)
+    if target is not None and groups > 1 and not transposed:
+        target = _ungrouped(target, groups, target.size * groups)
+    call.align("input", channel, target)
+
+
+def _ungrouped(inner: ReplicaMap | None, groups: int, size: int) -> ReplicaMap:
+    """Return the map of a whole dimension from the map inside each of its equal groups."""
+    if inner is None:
+        return ReplicaMap.identity(size)
+    if groups == 1:
+        return inner
+    import numpy as np
+
+    return ReplicaMap(np.concatenate([inner.index + g * inner.size for g in range(groups)]), size)
+
+
+def _bias(call: Call, phi_out: ReplicaMap) -> None:
+    if call.get("bias") is not None:
+        call.match("bias", {} if phi_out.is_identity else {0: phi_out})
+
+
+def _depthwise(call: Call, channel: int, groups: int, multiplier: int, weight_dim: int) -> Value:
+    """Channel c owns ``multiplier`` outputs; the weight is gathered, the groups follow the input's width."""
+    x = call.pair("input")
+    if call.ends and channel in x.maps:
+        # Only the network's output follows: its width is the student's.
+        x = call.narrow("input", [channel])
+    phi = x.maps.get(channel)
+    weight_is_per_input = student(call.get("weight")).shape[0] == groups
+    phi_weight = None if phi is None else phi if weight_is_per_input else phi.outputs(multiplier)
+    weight = call.match("weight", {} if phi_weight is None else {weight_dim: phi_weight})
+    phi_out = ReplicaMap.identity(groups * multiplier) if phi is None else phi.outputs(multiplier)
+    _bias(call, phi_out)
+    if phi is not None:
+        call.set("groups", len(phi))
+        call.planner.note_attribute(_argument(call.node, 1, "weight", None), "groups", len(phi))
+    value = call.result({channel: phi_out})
+    _record(call, weight, channel, weight_dim, weight_dim)
+    return value
+
+
+def _record(call: Call, weight: Pair, channel: int, out_dim: int, in_dim: int) -> None:
+    """Tell the planner what became of this layer: one multiply-add per weight and output position."""
+    result, node = call.s, call.node
+    batch = result.shape[0] if channel > 0 else 1
+    positions = result.numel() // max(result.shape[channel] * batch, 1)
+    counts = (positions * weight.s.numel(), positions * weight.t.numel())
+    source = _argument(node, 1, "weight", None)
+    call.planner.record_layer(node, node.all_input_nodes[0], source, weight, (out_dim, in_dim), counts)

@@ -1,0 +1,174 @@
+"""Products of tensors that sum over a dimension: equal maps on both sides, then division by the replica counts."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+
+from reparam.ops.maps import Maps, ReplicaMap
+from reparam.passes.call import At, Call, counts_scale
+from reparam.passes.registry import rule
+from reparam.passes.rules.linear import output_map
+from reparam.passes.values import Free, Pair, Refuse, Value, student
+
+
+@rule(torch.einsum, "einsum", mixing=True)
+def einsum(call: Call, equation: Value, *operands: Value) -> Value:
+    """Einstein summation in the equation form."""
+    if not isinstance(equation, str):
+        raise Refuse("einsum in the sublist form")
+    nested = len(call.args) == 2 and isinstance(call.args[1], (tuple, list))
+    places = [At(("args", 1, k)) for k in range(len(call.args[1]))] if nested else [
+        At(("args", k)) for k in range(1, len(call.args))
+    ]  # fmt: skip
+    letters, output = _letters(call, equation, places)
+    maps = _sum_product(call, places, letters, output)
+    return call.result(maps)
+
+
+def _letters(call: Call, equation: str, places: list[At]) -> tuple[list[str], str]:
+    """Expand an equation to one letter per dimension; ``...`` becomes capital letters counted from the right."""
+    left, arrow, right = equation.replace(" ", "").partition("->")
+    terms = left.split(",")
+    spare = [c for c in "ZYXWVUTSRQPONM" if c not in equation]
+    longest = 0
+    result = []
+    for term, place in zip(terms, places, strict=True):
+        rank = student(call.get(place)).dim()
+        extra = rank - len(term.replace("...", ""))
+        longest = max(longest, extra)
+        result.append(term.replace("...", "".join(reversed(spare[:extra]))))
+    if not arrow:
+        joined = "".join(result)
+        right = "..." + "".join(sorted(c for c in set(joined) if joined.count(c) == 1 and c not in spare))
+    return result, right.replace("...", "".join(reversed(spare[:longest])))
+
+
+def _sum_product(call: Call, places: list[At], letters: list[str], output: str) -> Maps:
+    """Give every letter one map in all operands and divide by the counts of the summed letters.
+
+    A parameter takes its share of the division into itself where one letter of it is summed.
+    """
+    chosen = {letter: _map_of(call, places, letters, letter) for letter in dict.fromkeys("".join(letters))}
+    summed = [letter for letter in chosen if letter not in output]
+    for place, term in zip(places, letters, strict=True):
+        value = call.get(place)
+        if isinstance(value, Free):
+            inputs = [k for k, letter in enumerate(term) if letter in summed]
+            outs = [k for k, letter in enumerate(term) if letter in output and _only_in(letter, term, letters)]
+            if len(inputs) == 1 and len(outs) == 1 and len(set(term)) == len(term):
+                return _with_weight(call, places, letters, output, place, inputs[0], outs[0], chosen)
+    for place, term in zip(places, letters, strict=True):
+        call.match(
+            place, {k: m for k, c in enumerate(term) if (m := chosen[c]) is not None and _fits(call, place, k, m)}
+        )
+    for letter in summed:
+        if (replica_map := chosen[letter]) is not None:
+            if replica_map.uniform is None:
+                raise Refuse("a sum over unequally many replicas")
+            call.scale_out(counts_scale(replica_map, 0, -1.0))
+    return {k: m for k, c in enumerate(output) if (m := chosen[c]) is not None}
+
+
+def _fits(call: Call, place: At, dim: int, replica_map: ReplicaMap) -> bool:
+    return bool(student(call.get(place)).shape[dim] == replica_map.size)
+
+
+def _only_in(letter: str, term: str, letters: list[str]) -> bool:
+    return sum(letter in other for other in letters) == 1 and letter in term
+
+
+def _with_weight(
+    call: Call, places: list[At], letters: list[str], output: str, place: At, in_dim: int, out_dim: int, chosen: Any
+) -> Maps:
+    """One operand is a free parameter with one summed and one own dimension: a linear operator."""
+    term = letters[places.index(place)]
+    value = student(call.get(place))
+    wanted = {k: m for k, c in enumerate(term) if (m := chosen[c]) is not None}
+    wanted[out_dim] = output_map(call, value.shape[out_dim])
+    weight = call.weight(place, wanted, out_dim, in_dim)
+    for k, letter in enumerate(term):
+        chosen[letter] = weight.maps.get(k)
+    for other, other_term in zip(places, letters, strict=True):
+        if other is not place:
+            call.match(
+                other,
+                {k: m for k, c in enumerate(other_term) if (m := chosen[c]) is not None and _fits(call, other, k, m)},
+            )
+    for letter in [c for c in chosen if c not in output and c not in term]:
+        if chosen[letter] is not None:
+            call.scale_out(counts_scale(chosen[letter], 0, -1.0))
+    return {k: m for k, c in enumerate(output) if (m := chosen[c]) is not None}
+
+
+def _map_of(call: Call, places: list[At], letters: list[str], letter: str) -> ReplicaMap | None:
+    """The widest map of a letter among the operands; None where an operand broadcasts or all are narrow."""
+    found: list[ReplicaMap] = []
+    for place, term in zip(places, letters, strict=True):
+        value = call.get(place)
+        if isinstance(value, Pair):
+            found += [value.maps[k] for k, c in enumerate(term) if c == letter and k in value.maps]
+    sizes = {
+        student(call.get(p)).shape[k]
+        for p, t in zip(places, letters, strict=True)
+        for k, c in enumerate(t)
+        if c == letter
+    }
+    if not found or (len(sizes) > 1 and max(sizes) != max(m.size for m in found)):
+        return None
+    return max(found, key=lambda m: (m.size, len(m)))
+
+
+def _product(call: Call, first: Any, second: Any, left: str, right: str, output: str) -> Value:
+    return call.result(_sum_product(call, [first, second], [left, right], output))
+
+
+@rule(
+    torch.matmul,
+    "matmul",
+    operator.matmul,
+    "__matmul__",
+    torch.bmm,
+    "bmm",
+    torch.mm,
+    "mm",
+    torch.mv,
+    "mv",
+    torch.dot,
+    "dot",
+    mixing=True,
+)
+def matmul(call: Call, input: Value, other: Value) -> Value:
+    """Matrix products with batch dimensions and vectors."""
+    a, b = student(input), student(other)
+    batch = "ZYXWVUTS"
+    left = "k" if a.dim() == 1 else "".join(reversed(batch[: a.dim() - 2])) + "ik"
+    right = "k" if b.dim() == 1 else "".join(reversed(batch[: b.dim() - 2])) + "kj"
+    depth = max(a.dim(), b.dim()) - 2
+    output = "".join(reversed(batch[: max(depth, 0)])) + ("i" if a.dim() > 1 else "") + ("j" if b.dim() > 1 else "")
+    return _product(call, "input", "other", left, right, output)
+
+
+@rule(torch.outer, "outer", torch.ger)
+def outer(call: Call, input: Value, vec2: Value) -> Value:
+    """Outer product: nothing is summed."""
+    return _product(call, "input", "vec2", "i", "j", "ij")
+
+
+@rule(torch.addmm, "addmm", torch.baddbmm, "baddbmm", mixing=True)
+def addmm(call: Call, input: Value, mat1: Value, mat2: Value, *, beta: Value = 1, alpha: Value = 1) -> Value:
+    """``beta input + alpha mat1 @ mat2``: the factors must stay inside, so summed maps are contracted."""
+    a = call.pair("mat1")
+    if isinstance(call.get("mat2"), Free) and a.ndim == 2:
+        wanted = {1: output_map(call, student(mat2).shape[1])}
+        if 1 in a.maps:
+            wanted[0] = a.maps[1]
+        weight = call.weight("mat2", wanted, 1, 0)
+        call.align("mat1", 1, weight.maps.get(0))
+        maps = {d: m for d, m in {0: call.pair("mat1").maps.get(0), 1: weight.maps.get(1)}.items() if m is not None}
+        size = student(input).dim()
+        call.match("input", {d - 2 + size: m for d, m in maps.items() if d - 2 + size >= 0})
+        return call.result(maps)
+    raise Refuse("an addition of a product of two mapped matrices")

@@ -1,0 +1,152 @@
+"""Normalisation: parameters and running statistics are gathered."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from reparam.ops.maps import Maps
+from reparam.passes.call import Call
+from reparam.passes.registry import rule
+from reparam.passes.values import Free, Refuse, Value, student
+
+
+def _per_channel(call: Call, maps: Maps, *names: str) -> None:
+    for name in names:
+        if call.get(name) is not None:
+            call.match(name, maps)
+
+
+def _note_statistics(call: Call, *names: str) -> None:
+    """Mark buffers that training changes: the student keeps its own."""
+    for name in names:
+        kind, key = call.path(name)
+        holder = call.node.args if kind == "args" else call.node.kwargs
+        source = holder[key] if kind == "args" else holder.get(key)
+        if source is not None and call.get(name) is not None:
+            call.planner.note_statistic(source)
+
+
+@rule(F.batch_norm, torch.batch_norm)
+def batch_norm(
+    call: Call,
+    input: Value,
+    running_mean: Value = None,
+    running_var: Value = None,
+    weight: Value = None,
+    bias: Value = None,
+    training: Value = False,
+    momentum: Value = 0.1,
+    eps: Value = 1e-5,
+) -> Value:
+    """Batch norm over dimension 1."""
+    x = call.pair("input")
+    keeps = running_mean is not None
+    # The unbiased running variance depends on the number of values, so replicas on other dimensions may not
+    # reach it; without running statistics mean and biased variance are the same over replicas.
+    call.narrow("input", [d for d in x.maps if d != 1 and (keeps or x.maps[d].uniform is None)])
+    x = call.pair("input")
+    channel = {0: x.maps[1]} if 1 in x.maps else {}
+    _per_channel(call, channel, "running_mean", "running_var", "weight", "bias")
+    _note_statistics(call, "running_mean", "running_var")
+    return call.result(dict(x.maps))
+
+
+@rule(F.instance_norm, torch.instance_norm)
+def instance_norm(
+    call: Call,
+    input: Value,
+    running_mean: Value = None,
+    running_var: Value = None,
+    weight: Value = None,
+    bias: Value = None,
+    use_input_stats: Value = True,
+    momentum: Value = 0.1,
+    eps: Value = 1e-5,
+) -> Value:
+    """Instance norm over dimension 1."""
+    x = call.pair("input")
+    call.narrow("input", [d for d in x.maps if d > 1])
+    x = call.pair("input")
+    channel = {0: x.maps[1]} if 1 in x.maps else {}
+    _per_channel(call, channel, "running_mean", "running_var", "weight", "bias")
+    _note_statistics(call, "running_mean", "running_var")
+    return call.result(dict(x.maps))
+
+
+def _last(call: Call, normalized_shape: Value) -> Maps:
+    """Normalise over the last dimensions: equal counts there; returns the maps of the parameters."""
+    count = len(normalized_shape)
+    x = call.pair("input")
+    first = x.ndim - count
+    call.narrow("input", [d for d in x.maps if d >= first and x.maps[d].uniform is None])
+    x = call.pair("input")
+    inner = {d - first: m for d, m in x.maps.items() if d >= first}
+    if inner:
+        shape = tuple(len(inner[d]) if d in inner else student(n) for d, n in enumerate(normalized_shape))
+        call.set("normalized_shape", shape)
+    return inner
+
+
+@rule(F.layer_norm, torch.layer_norm)
+def layer_norm(
+    call: Call, input: Value, normalized_shape: Value, weight: Value = None, bias: Value = None, eps: Value = 1e-5
+) -> Value:
+    """Layer norm: mean and variance over equally many replicas are the student's."""
+    _per_channel(call, _last(call, normalized_shape), "weight", "bias")
+    return call.result(dict(call.pair("input").maps))
+
+
+@rule(F.rms_norm, torch.rms_norm)
+def rms_norm(call: Call, input: Value, normalized_shape: Value, weight: Value = None, eps: Value = None) -> Value:
+    """RMS norm."""
+    _per_channel(call, _last(call, normalized_shape), "weight")
+    return call.result(dict(call.pair("input").maps))
+
+
+@rule(F.group_norm)
+def group_norm(
+    call: Call, input: Value, num_groups: Value, weight: Value = None, bias: Value = None, eps: Value = 1e-5
+) -> Value:
+    """Group norm: the groups are kept; inside each group every channel must have equally many replicas."""
+    x = call.pair("input")
+    call.narrow("input", [d for d in x.maps if d != 1 and (d == 0 or x.maps[d].uniform is None)])
+    x = call.pair("input")
+    phi = x.maps.get(1)
+    if phi is not None:
+        blocks = phi.grouped(student(num_groups))
+        if blocks is None or any(block.uniform is None for block in blocks):
+            raise Refuse("its groups would mix replicas of several groups, or hold unequally many")
+    _per_channel(call, {0: phi} if phi is not None else {}, "weight", "bias")
+    return call.result(dict(x.maps))
+
+
+@rule(F.local_response_norm)
+def local_response_norm(call: Call, input: Value, *args: Value, **kwargs: Value) -> Value:
+    """A window of neighbouring channels: contracted there."""
+    x = call.pair("input")
+    call.narrow("input", [d for d in x.maps if d == 1])
+    return call.result(dict(call.pair("input").maps))
+
+
+@rule(torch._weight_norm)
+def weight_norm(call: Call, v: Value, g: Value, dim: Value = 0) -> Value:
+    """``g v / ||v||``, the norm over all dimensions but ``dim``: over r replicas sqrt(r) times the student's."""
+    from reparam.passes.call import counts_scale
+
+    if isinstance(call.get("v"), Free):
+        raise Refuse("both parameters are free")
+    x = call.pair("v")
+    axis = None if dim is None or dim == -1 else dim % x.ndim
+    reduced = [d for d in x.maps if d != axis]
+    call.narrow("v", [d for d in reduced if x.maps[d].uniform is None])
+    x = call.pair("v")
+    own: Maps = {axis: x.maps[axis]} if axis is not None and axis in x.maps else {}
+    if student(call.get("g")).dim() < x.ndim:
+        own = {}
+    call.match("g", own)
+    value = call.result(dict(x.maps))
+    for d in reduced:
+        if d in x.maps:
+            call.scale_out(counts_scale(x.maps[d], d, 0.5))
+    return value

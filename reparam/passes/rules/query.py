@@ -1,0 +1,86 @@
+"""Questions about a value (shape, size, rank) and arithmetic on the answers."""
+
+from __future__ import annotations
+
+import builtins
+import math
+import operator
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reparam.passes.call import Call
+from reparam.passes.registry import rule
+from reparam.passes.values import Free, Pair, Refuse, Value, join, transform
+
+
+@rule(getattr)
+def attribute(call: Call, value: Value, name: Value) -> Value:
+    """``x.shape``, ``x.device``, ``x.dtype``, ``x.T``."""
+    pair = call.pair("value")
+    if name in ("shape", "device", "dtype", "ndim", "layout", "is_cuda", "requires_grad", "itemsize"):
+        return join(call.s, getattr(pair.t, name), lambda _s, _t: {})
+    if name in ("T", "mT"):
+        maps = {pair.ndim - 1 - d if d >= pair.ndim - 2 or name == "T" else d: m for d, m in pair.maps.items()}
+        if name == "mT":
+            maps = {
+                {pair.ndim - 1: pair.ndim - 2, pair.ndim - 2: pair.ndim - 1}.get(d, d): m for d, m in pair.maps.items()
+            }
+        return call.result(maps)
+    if name == "data":
+        return call.result(dict(pair.maps))
+    raise Refuse(f"attribute {name}")
+
+
+@rule("size", "dim", "ndimension", "numel", "nelement", "element_size", "is_floating_point", "stride", "get_device")
+def size(call: Call, input: Value, *args: Value, **kwargs: Value) -> Value:
+    """Sizes; those of a widened dimension differ between the worlds."""
+    call.pair("input")
+    return call.result()
+
+
+@rule(torch.numel, torch.is_tensor, torch.is_floating_point, torch.is_complex)
+def size_function(call: Call, input: Value) -> Value:
+    """Functions that ask about a tensor."""
+    call.pair("input")
+    return call.result()
+
+
+_ARITHMETIC = [
+    math.ceil, math.floor, math.sqrt, math.prod, math.log, math.log2, builtins.int, builtins.float, builtins.len,
+    builtins.round, builtins.sum, builtins.max, builtins.min, operator.floordiv, operator.index,
+]  # fmt: skip
+
+
+@rule(*[f for f in _ARITHMETIC if f is not operator.floordiv], torch.Size, torch.sym_int, torch.sym_float)
+def arithmetic(call: Call, *args: Value, **kwargs: Value) -> Value:
+    """Arithmetic on sizes: done in each world."""
+    if any(isinstance(leaf, (Pair, Free)) for leaf in [*args, *kwargs.values()]):
+        raise Refuse("a tensor among plain numbers")
+    return call.result()
+
+
+@rule(OrderedDict, dict, list, tuple, "keys", "values", "items", "get")
+def container(call: Call, *args: Value, **kwargs: Value) -> Value:
+    """Containers pass their items on where the result has the same form; else they are contracted."""
+    if len(args) == 1 and isinstance(call.s, OrderedDict):
+        return {key: value for key, value in args[0]}
+    raise Refuse("a container of mapped values")
+
+
+@rule(torch._assert)
+def assertion(call: Call, condition: Value, message: Value = "") -> Value:
+    """Asserts on sizes hold in the student; on mapped sizes they compare student values."""
+    if isinstance(condition, (Pair, Free)):
+        raise Refuse("an assertion about a tensor")
+    return None
+
+
+def constants(value: Any) -> Any:
+    """Return plain numbers of the teacher's world."""
+    return transform(value, lambda leaf: getattr(leaf, "t", leaf))
+
+
+__all__ = ["Tensor", "arithmetic", "attribute", "constants", "container", "size"]

@@ -1,0 +1,215 @@
+"""Reductions over dimensions that may be mapped."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from reparam.ops.maps import Maps
+from reparam.ops.steps import Scale
+from reparam.passes.call import Call
+from reparam.passes.registry import rule
+from reparam.passes.values import Refuse, Value
+
+
+def _axes(dim: Any, rank: int) -> list[int]:
+    if dim is None or (isinstance(dim, (tuple, list)) and not dim):
+        return list(range(rank))
+    return sorted({d % rank for d in (dim if isinstance(dim, (tuple, list)) else [dim])})
+
+
+def _kept(maps: Maps, axes: list[int], keepdim: bool) -> Maps:
+    """Maps of the result of a reduction over ``axes``."""
+    return {d if keepdim else d - sum(a < d for a in axes): m for d, m in maps.items() if d not in axes}
+
+
+def _even(call: Call, axes: list[int]) -> int:
+    """Contract reduced dimensions with uneven counts; returns the product of the counts of the others."""
+    x = call.pair("input")
+    call.narrow("input", [d for d in axes if d in x.maps and x.maps[d].uniform is None])
+    ratio = 1
+    for d in axes:
+        replica_map = call.pair("input").maps.get(d)
+        if replica_map is not None:
+            ratio *= replica_map.uniform or 1
+    return ratio
+
+
+def _reduce(call: Call, dim: Any, keepdim: bool, power: float = 0.0) -> Value:
+    """Reduce; the result over r replicas is r**power times the student's."""
+    x = call.pair("input")
+    axes = _axes(dim, x.ndim) if x.ndim else []
+    ratio = _even(call, axes)
+    maps = _kept(call.pair("input").maps, axes, keepdim)
+    value = call.result(lambda _s, _t: maps)
+    if ratio > 1 and power:
+        call.scale_out(Scale((float(ratio) ** -power,)))
+    return value
+
+
+@rule(
+    torch.mean,
+    "mean",
+    torch.amax,
+    torch.amin,
+    "amax",
+    "amin",
+    torch.nanmean,
+    "nanmean",
+    torch.all,
+    torch.any,
+    "all",
+    "any",
+)
+def mean(call: Call, input: Value, dim: Value = None, keepdim: Value = False, *, dtype: Value = None) -> Value:
+    """Mean, maximum, minimum, all, any: the same over replicas as over the student's values."""
+    return _reduce(call, dim, keepdim)
+
+
+@rule(torch.sum, "sum", torch.nansum, "nansum")
+def sum_(call: Call, input: Value, dim: Value = None, keepdim: Value = False, *, dtype: Value = None) -> Value:
+    """Sum: r times too large over r replicas."""
+    if not call.s.is_floating_point():
+        raise Refuse("a sum of integers over replicas")
+    return _reduce(call, dim, keepdim, power=1.0)
+
+
+@rule(torch.max, torch.min, "max", "min")
+def max_(call: Call, input: Value, *args: Value, **kwargs: Value) -> Value:
+    """Maximum of all values, of two tensors, or along a dimension (its indices are positions: contracted)."""
+    from reparam.passes.rules.broadcast import broadcast
+    from reparam.passes.values import Free, Pair
+
+    others = [*args, *kwargs.values()]
+    if any(isinstance(value, (Pair, Free)) for value in others):
+        return broadcast(call, input, *args, **kwargs)
+    if not others:
+        return _reduce(call, None, False)
+    dim = args[0] if args else kwargs["dim"]
+    keepdim = args[1] if len(args) > 1 else kwargs.get("keepdim", False)
+    return _indexed(call, dim, keepdim)
+
+
+def _indexed(call: Call, dim: Any, keepdim: bool) -> Value:
+    x = call.pair("input")
+    axes = _axes(dim, x.ndim)
+    call.narrow("input", [d for d in axes if d in x.maps])
+    maps = _kept(call.pair("input").maps, axes, keepdim)
+    return call.result(lambda _s, _t: maps)
+
+
+@rule(torch.argmax, torch.argmin, "argmax", "argmin", torch.median, "median")
+def argmax(call: Call, input: Value, dim: Value = None, keepdim: Value = False) -> Value:
+    """Positions and order statistics along a dimension: contracted there."""
+    return _indexed(call, dim, keepdim)
+
+
+@rule(
+    torch.softmax, F.softmax, "softmax", torch.log_softmax, F.log_softmax, "log_softmax", F.softmin,
+    torch.cumsum, "cumsum", torch.cumprod, "cumprod", F.gumbel_softmax,
+)  # fmt: skip
+def along(call: Call, input: Value, dim: Value = None, *args: Value, **kwargs: Value) -> Value:
+    """Operators along one dimension whose replicas would change the result: contracted there."""
+    x = call.pair("input")
+    if dim is None:
+        raise Refuse("no dimension is named")
+    call.narrow("input", [d for d in [dim % x.ndim] if d in x.maps])
+    return call.result(dict(call.pair("input").maps))
+
+
+@rule(torch.logsumexp, "logsumexp", torch.prod, "prod", torch.count_nonzero)
+def narrow_reduction(call: Call, input: Value, dim: Value = None, keepdim: Value = False, **kwargs: Value) -> Value:
+    """Reductions that count the replicas in a nonlinear way: contracted first."""
+    return _indexed(call, dim, keepdim)
+
+
+@rule(torch.var, "var", torch.std, "std")
+def var(
+    call: Call,
+    input: Value,
+    dim: Value = None,
+    unbiased: Value = True,
+    keepdim: Value = False,
+    *,
+    correction: Value = None,
+) -> Value:
+    """Variance and standard deviation; the unbiased ones over n values and r replicas have factors of their own."""
+    x = call.pair("input")
+    axes = _axes(None if isinstance(dim, bool) else dim, x.ndim)
+    ratio = _even(call, axes)
+    ddof = _correction(call, dim, unbiased, correction)
+    if ratio > 1 and ddof:
+        sizes = [call.pair("input").s.shape[d] for d in axes]
+        mapped = [d for d in axes if d in call.pair("input").maps]
+        # The factor depends on the number of values; only where all of them are channels is that a constant.
+        if len(mapped) != len(axes) or ddof != 1 or sizes[0] < 2 or len(axes) != 1:
+            call.narrow("input", mapped)
+        else:
+            n = sizes[0]
+            factor = (n * ratio - 1) / ((n - 1) * ratio)
+            is_std = str(getattr(call.node.target, "__name__", call.node.target)) == "std"
+            call.scale_out(Scale((factor**0.5 if is_std else factor,)))
+    maps = _kept(call.pair("input").maps, axes, keepdim)
+    return call.result(lambda _s, _t: maps)
+
+
+def _correction(call: Call, dim: Any, unbiased: Any, correction: Any) -> int:
+    if correction is not None:
+        return int(correction)
+    return int(bool(dim)) if isinstance(dim, bool) else int(bool(unbiased))
+
+
+@rule(torch.var_mean, torch.std_mean)
+def var_mean(call: Call, input: Value, dim: Value = None, *args: Value, **kwargs: Value) -> Value:
+    """Variance and mean together: contracted where the variance is unbiased."""
+    x = call.pair("input")
+    axes = _axes(None if isinstance(dim, bool) else dim, x.ndim)
+    biased = kwargs.get("correction") == 0 or kwargs.get("unbiased") is False or (bool(args) and args[0] is False)
+    if biased:
+        _even(call, axes)
+    else:
+        call.narrow("input", [d for d in axes if d in x.maps])
+    keepdim = bool(kwargs.get("keepdim", args[1] if len(args) > 1 else False))
+    maps = _kept(call.pair("input").maps, axes, keepdim)
+    return call.result(lambda _s, _t: maps)
+
+
+@rule(torch.norm, "norm", torch.functional.norm)
+def norm(
+    call: Call, input: Value, p: Value = 2, dim: Value = None, keepdim: Value = False, dtype: Value = None
+) -> Value:
+    """p-norm: over r replicas r**(1/p) times the student's."""
+    return _reduce(call, dim, keepdim, power=_norm_power(p))
+
+
+@rule(torch.linalg.vector_norm, torch.linalg.norm)
+def vector_norm(
+    call: Call, input: Value, ord: Value = 2, dim: Value = None, keepdim: Value = False, *, dtype: Value = None
+) -> Value:
+    """Vector norm (of ``linalg.norm`` only the vector form)."""
+    if call.node.target is torch.linalg.norm and (dim is None or isinstance(dim, (tuple, list))):
+        raise Refuse("a matrix norm")
+    return _reduce(call, dim, keepdim, power=_norm_power(2 if ord is None else ord))
+
+
+def _norm_power(p: Any) -> float:
+    if p in ("fro", None):
+        return 0.5
+    if not isinstance(p, (int, float)) or p == 0:
+        raise Refuse(f"a norm of order {p!r}")
+    return 0.0 if p in (float("inf"), float("-inf")) else 1.0 / p
+
+
+@rule(F.normalize)
+def normalize(call: Call, input: Value, p: Value = 2.0, dim: Value = 1, eps: Value = 1e-12, out: Value = None) -> Value:
+    """Division by the p-norm along ``dim``: eps and result have the factor r**(1/p)."""
+    x = call.pair("input")
+    axes = _axes(dim, x.ndim)
+    ratio = _even(call, axes)
+    if ratio > 1:
+        factor = float(ratio) ** _norm_power(p)
+        call.set("eps", eps * factor)
+        call.scale_out(Scale((factor,)))
+    return call.result(dict(call.pair("input").maps))

@@ -1,0 +1,74 @@
+"""Copies of a model that share no storage with it: on the meta device, or with other tensors in place."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield every parameter and buffer with its path; a tensor that several paths share comes once per path."""
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
+def canonical_names(module: nn.Module) -> dict[str, str]:
+    """Map every parameter and buffer path to the first path of the same tensor (tied weights)."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(tensor), name) for name, tensor in named_tensors(module)}
+
+
+def rebuild(module: M, make: Callable[[str, Tensor], Tensor]) -> M:
+    """Deep-copy ``module`` with each parameter and buffer replaced by ``make(name, tensor)``.
+
+    Ties stay ties, ``requires_grad`` is kept, the original tensors are never copied.
+    """
+    memo: dict[int, object] = {}
+    originals: list[Tensor] = []
+    for name, tensor in named_tensors(module):
+        if id(tensor) in memo:
+            continue
+        originals.append(tensor)
+        new = make(name, tensor.detach())
+        if isinstance(tensor, nn.Parameter):
+            new = nn.Parameter(new, requires_grad=tensor.requires_grad)
+        memo[id(tensor)] = new
+    # A non-leaf tensor kept as a plain attribute (hook-based weight_norm does) refuses deepcopy.
+    for child in module.modules():
+        for value in vars(child).values():
+            if isinstance(value, Tensor) and not value.is_leaf and id(value) not in memo:
+                memo[id(value)] = value.detach().clone()
+                originals.append(value)
+    return copy.deepcopy(module, memo)
+
+
+def skeleton_of(module: M) -> M:
+    """Return a copy of ``module`` whose parameters and buffers are on the meta device."""
+    return rebuild(module, lambda _name, tensor: tensor.to("meta"))
+
+
+def train_modes(module: nn.Module) -> dict[str, bool]:
+    """Return the train flag of every submodule by path."""
+    return {name: child.training for name, child in module.named_modules()}
+
+
+def module_and_attribute(root: nn.Module, target: str) -> tuple[nn.Module, str]:
+    """Split ``a.b.weight`` into the module ``a.b`` and ``"weight"``."""
+    path, _, name = target.rpartition(".")
+    return root.get_submodule(path), name
+
+
+def to_meta(value: object) -> object:
+    """Return tensors as meta tensors, anything else unchanged."""
+    return value.to("meta") if isinstance(value, Tensor) and value.device.type != "meta" else value
+
+
+def first_floating_dtype(module: nn.Module) -> torch.dtype | None:
+    """Return the dtype of the first floating point parameter, or None."""
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)

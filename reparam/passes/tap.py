@@ -1,0 +1,118 @@
+"""Named intermediate values beside the output, for feature distillation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import fx, nn
+
+from reparam.errors import InputError, near_matches
+from reparam.passes.teacher import Teacher
+from reparam.passes.view import StudentView
+
+
+def tap(module: nn.Module, names: Sequence[str]) -> nn.Module:
+    """Return a module that computes ``(output, {name: value})``, sharing all weights with ``module``.
+
+    Args:
+        module: a student, a student's view or a teacher.
+        names: module paths of the student; the value is what the module returned (at its last call). A teacher's
+            values are wide where the student's are replicated.
+
+    Raises:
+        InputError: an unknown name (near matches are listed), or one whose module is not called.
+    """
+    wanted = [names] if isinstance(names, str) else list(names)
+    network = module.network if isinstance(module, StudentView) else module
+    known = [n for n, _m in (module.skeleton if isinstance(module, Teacher) else network).named_modules() if n]
+    for name in wanted:
+        if name not in known:
+            raise InputError(f"tap: no module {name!r}{near_matches(name, known)}")
+    return _GraphTap(module, wanted) if isinstance(module, Teacher) else _HookTap(module, network, wanted)
+
+
+class _HookTap(nn.Module):
+    """Taps an eager network with forward hooks that exist only during the call."""
+
+    def __init__(self, module: nn.Module, network: nn.Module, names: list[str]) -> None:
+        super().__init__()
+        self.module = module
+        self.names = names
+        self._network = (network,)
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        """Return output and values."""
+        values: dict[str, Any] = {}
+        handles = []
+        for name in self.names:
+            hook = _store(values, name)
+            handles.append(self._network[0].get_submodule(name).register_forward_hook(hook))
+        try:
+            output = self.module(*args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        missing = [name for name in self.names if name not in values]
+        if missing:
+            raise InputError(f"tap: {missing[0]!r} is not called in this forward pass")
+        return output, {name: values[name] for name in self.names}
+
+
+def _store(values: dict[str, Any], name: str) -> Any:
+    def hook(_module: nn.Module, _args: Any, result: Any) -> None:
+        values[name] = result
+
+    return hook
+
+
+class _GraphTap(nn.Module):
+    """Taps a teacher by running its graph with more outputs."""
+
+    def __init__(self, teacher: Teacher, names: list[str]) -> None:
+        super().__init__()
+        self.teacher = teacher
+        graph = fx.Graph()
+        mapping: dict[fx.Node, fx.Node] = {}
+        output = graph.graph_copy(teacher.graph, mapping)
+        nodes = {old.name: new for old, new in mapping.items()}
+        taps = {}
+        for name in names:
+            calls = teacher._outputs.get(name)
+            if not calls:
+                raise InputError(
+                    f"tap: {name!r} is not called in this forward pass, or lies inside a module kept whole"
+                )
+            taps[name] = _nodes(calls[-1], nodes)
+        graph.output((output, taps))
+        # A graph over the teacher's own attributes, without registering them a second time.
+        self._program = (_Program(teacher, graph),)
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        """Return output and values."""
+        result: tuple[Any, dict[str, Any]] = self._program[0](*args, **kwargs)
+        return result
+
+
+class _Program:
+    """Generated code of a graph, run on another module's attributes."""
+
+    def __init__(self, owner: nn.Module, graph: fx.Graph) -> None:
+        self.owner = owner
+        code = graph.python_code("self")
+        scope = dict(code.globals)
+        exec(compile(code.src, "<reparam tap>", "exec"), scope)  # fx generates its forward in the same way
+        self.function = scope["forward"]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(self.owner, *args, **kwargs)
+
+
+def _nodes(value: Any, nodes: dict[str, fx.Node]) -> Any:
+    if isinstance(value, str):
+        return nodes[value]
+    if isinstance(value, dict):
+        return {k: _nodes(v, nodes) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return tuple(_nodes(v, nodes) for v in value)
+    return value

@@ -1,0 +1,128 @@
+"""The dynamic teacher: an ``fx.GraphModule`` over the student's own module tree with wider tensors."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import fx, nn
+
+from reparam.errors import InputError
+from reparam.passes.plan import Plan
+
+_METHODS = ("no_weight_decay", "no_weight_decay_keywords", "group_matcher")
+
+
+class Teacher(fx.GraphModule):
+    """A widened network that computes the function of its student.
+
+    Made by ``reparam.expand`` and ``reparam.load``. Its modules, parameter names and buffers are those of the
+    student; ``teacher.meta["reparam"]`` holds the :class:`~reparam.passes.plan.Plan`, ``teacher.student_statistics``
+    the student's own norm statistics.
+    """
+
+    def __init__(
+        self, root: nn.Module, graph: fx.Graph, plan: Plan, skeleton: nn.Module, outputs: dict[str, Any]
+    ) -> None:
+        super().__init__(nn.Module(), fx.Graph(), class_name=f"{plan.model}Teacher")
+        # Adopt the whole tree: fx would copy only what the graph refers to, and drop buffers and train flags.
+        for name, value in vars(root).items():
+            if name not in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set") and name[:1] != "_":
+                if not callable(value):
+                    self.__dict__.setdefault(name, value)
+            elif name.startswith("_tensor_constant"):
+                self.__dict__[name] = value
+        self._modules.update(root._modules)
+        self._parameters.update(root._parameters)
+        self._buffers.update(root._buffers)
+        self._non_persistent_buffers_set.update(root._non_persistent_buffers_set)
+        self.training = root.training
+        self.meta["reparam"] = plan
+        # In a tuple, so that it is no submodule: its tensors are on the meta device.
+        self._skeleton = (skeleton,)
+        self._outputs = outputs
+        self._view: Any = None
+        self.graph = graph
+
+    @property
+    def plan(self) -> Plan:
+        """The plan this teacher was made by."""
+        plan: Plan = self.meta["reparam"]
+        return plan
+
+    @property
+    def skeleton(self) -> nn.Module:
+        """The student on the meta device: class, hooks and structure without weights."""
+        return self._skeleton[0]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            skeleton = self.__dict__.get("_skeleton")
+            value = getattr(skeleton[0], name, None) if skeleton and name in _METHODS else None
+            if value is None:
+                raise
+            return value
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Teacher:
+        root = nn.Module()
+        mine = {k: v for k, v in vars(self).items() if k not in ("_graph", "_view", "_skeleton", "meta", "_code")}
+        root.__dict__.update({k: copy.deepcopy(v, memo) for k, v in mine.items()})
+        result = Teacher(root, _copy_graph(self._graph), self.plan, copy.deepcopy(self.skeleton), dict(self._outputs))
+        result.meta.update({k: v for k, v in self.meta.items() if k != "reparam"})
+        memo[id(self)] = result
+        if self._view is not None:
+            from reparam.passes.view import student_view
+
+            view = student_view(result)
+            view.train_modes(self._view.modes())
+            memo[id(self._view)] = view
+        return result
+
+    def __reduce__(self) -> Any:
+        raise InputError(
+            "a teacher is not pickled; write it with reparam.save(teacher, path) and read it with reparam.load"
+        )
+
+    def __copy__(self) -> Teacher:
+        return copy.deepcopy(self)
+
+
+def _copy_graph(graph: fx.Graph) -> fx.Graph:
+    new = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    output = new.graph_copy(graph, mapping)
+    new.output(output)
+    return new
+
+
+def statistics_tree(model: nn.Module, names: tuple[str, ...]) -> nn.Module:
+    """Return a module tree that holds copies of the given buffers under their own paths."""
+    tree = nn.Module()
+    for name in names:
+        *path, leaf = name.split(".")
+        holder = tree
+        for part in path:
+            if part not in holder._modules:
+                holder.add_module(part, nn.Module())
+            holder = holder.get_submodule(part)
+        source = model.get_buffer(name)
+        persistent = leaf not in model.get_submodule(".".join(path))._non_persistent_buffers_set
+        holder.register_buffer(leaf, source.detach().clone(), persistent=persistent)
+    return tree
+
+
+def require_teacher(value: Any) -> Teacher:
+    """Return ``value`` if it is a teacher.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if isinstance(value, Teacher):
+        return value
+    if isinstance(getattr(value, "module", None), Teacher):
+        raise InputError("the teacher is wrapped (DDP or EMA); pass the teacher itself, usually wrapper.module")
+    if isinstance(getattr(value, "_orig_mod", None), Teacher):
+        raise InputError("the teacher is compiled; pass the teacher itself (compiled._orig_mod)")
+    raise InputError(f"a teacher made by reparam.expand or reparam.load is needed, not {type(value).__name__}")

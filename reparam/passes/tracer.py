@@ -1,0 +1,525 @@
+"""Record the forward pass of a model as an fx graph that stays true to the model.
+
+Three things differ from ``torch.fx.symbolic_trace``:
+
+* every node carries its value on the meta device (``node.meta["val"]``), so ranks, lengths and types are known
+  while tracing, and parameters and buffers are graph values;
+* ``module.training`` is a graph value (a ``get_attr`` node), so train and eval can be switched after tracing;
+* a module whose forward cannot be recorded (control flow on the training flag, on sizes or on data) becomes a
+  leaf on demand, and the graph inside it is recorded separately, for analysis only (``trace_inner``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dis
+import operator
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from reparam.errors import CaptureError
+from reparam.passes.meta import Unknown, run_module_on_meta, run_on_meta
+from reparam.passes.skeleton import named_tensors, to_meta
+
+_CONCRETE_ATTRIBUTES = {
+    "ndim",
+    "is_cuda",
+    "is_cpu",
+    "is_mps",
+    "is_sparse",
+    "is_quantized",
+    "is_nested",
+    "is_mkldnn",
+    "layout",
+    "names",
+    "_is_param",
+}
+_CONCRETE_METHODS = {"dim", "ndimension", "is_floating_point", "is_complex", "is_contiguous"}
+
+
+@dataclass
+class Capture:
+    """A recorded forward pass.
+
+    Args:
+        graph: nodes with ``meta["val"]`` (meta value), ``meta["module"]`` (path) and ``meta["source"]`` (file:line).
+        root: the meta skeleton that the graph's targets refer to.
+        outputs: module path -> the values that calls of it returned (structures of nodes), in call order.
+        leaves: paths of the modules that are leaves, with the reason.
+        baked: paths of modules whose forward branches on the training flag at a place where no leaf is possible;
+            they were recorded in the mode they were in.
+    """
+
+    graph: fx.Graph
+    root: nn.Module
+    outputs: dict[str, list[Any]] = field(default_factory=dict)
+    leaves: dict[str, str] = field(default_factory=dict)
+    baked: dict[str, bool] = field(default_factory=dict)
+
+
+def trace(root: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Capture:
+    """Record ``root`` (a meta skeleton) called with these meta inputs.
+
+    Raises:
+        CaptureError: the forward pass of ``root`` itself cannot be recorded.
+    """
+    tracer = ModelTracer(args, kwargs)
+    try:
+        graph = tracer.trace(root)
+    except Exception as error:
+        tracer = ModelTracer(args, kwargs, bake_root=True)
+        try:
+            graph = tracer.trace(root)
+        except Exception:
+            raise CaptureError(_untraceable(root, error)) from error
+    return Capture(graph, root, tracer.outputs, tracer.leaves, tracer.baked)
+
+
+def trace_inner(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], training: bool) -> fx.Graph:
+    """Record a leaf module for analysis: one train mode, branches and sizes as for these inputs."""
+    tracer = ModelTracer(args, kwargs, training=training)
+    return tracer.trace(module)
+
+
+def _untraceable(root: nn.Module, error: Exception) -> str:
+    return (
+        f"{type(root).__name__}: the forward pass cannot be recorded as a graph: {type(error).__name__}: {error}. "
+        "Its own forward branches on data or calls code that refuses symbolic values. Move that code into a "
+        "submodule (submodules that cannot be recorded are kept as they are), or expand the submodules one by one"
+    )
+
+
+class HintProxy(fx.Proxy):
+    """A proxy that knows the meta value of its node."""
+
+    @property
+    def __class__(self) -> type:
+        # Model code asks ``isinstance(x, torch.Tensor)``.
+        return Tensor if isinstance(self.node.meta.get("val"), Tensor) else HintProxy
+
+    def __getattr__(self, name: str) -> Any:
+        value = object.__getattribute__(self, "node").meta.get("val")
+        if isinstance(value, Tensor):
+            if name == "_is_param":
+                return False
+            if name in _CONCRETE_ATTRIBUTES:
+                return getattr(value, name)
+            if name in _CONCRETE_METHODS:
+                return getattr(value, name)
+        return HintAttribute(self, name)
+
+    def __len__(self) -> int:
+        length: int = self.tracer.length(self)
+        return length
+
+    def __int__(self) -> int:
+        return int(self.tracer.concrete(self))
+
+    def __index__(self) -> int:
+        return operator.index(self.tracer.concrete(self))
+
+    def __float__(self) -> float:
+        return float(self.tracer.concrete(self))
+
+    def __contains__(self, item: Any) -> bool:
+        return item in self.tracer.concrete(self)
+
+    def __bool__(self) -> bool:
+        frame = sys._getframe(1)
+        if _is_assert(frame):
+            return True
+        return bool(self.tracer.to_bool(self))
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+class HintAttribute(HintProxy, fx.proxy.Attribute):
+    """An attribute of a proxy (``x.shape``), added to the graph when it is used other than as a method."""
+
+    def __init__(self, root: fx.Proxy, attr: str) -> None:
+        fx.proxy.Attribute.__init__(self, root, attr)
+
+    @property
+    def __class__(self) -> type:
+        return Tensor if self.attr in ("T", "mT", "data") else HintAttribute
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.tracer.create_proxy("call_method", self.attr, (self.root, *args), kwargs)
+
+
+def _is_assert(frame: FrameType) -> bool:
+    """Whether the truth value is asked for by an ``assert`` statement, which is then dropped."""
+    instructions = [i for i in dis.get_instructions(frame.f_code) if i.opname not in ("CACHE", "NOT_TAKEN", "TO_BOOL")]
+    for position, instruction in enumerate(instructions):
+        if instruction.offset > frame.f_lasti:
+            break
+        current = position
+    else:
+        current = len(instructions) - 1
+    following = [i.opname for i in instructions[current : current + 3]]
+    jumps = [k for k, name in enumerate(following) if name.startswith(("POP_JUMP", "JUMP_IF")) and "TRUE" in name]
+    return any(k + 1 < len(following) and following[k + 1] == "LOAD_ASSERTION_ERROR" for k in jumps) or any(
+        k + 1 < len(following) and following[k + 1] == "LOAD_COMMON_CONSTANT" for k in jumps
+    )
+
+
+_TRACERS: list[ModelTracer] = []
+
+
+@contextlib.contextmanager
+def _training_property() -> Iterator[None]:
+    """While tracing, ``module.training`` asks the innermost tracer instead of the instance."""
+
+    def read(module: nn.Module) -> Any:
+        return _TRACERS[-1].training_of(module)
+
+    def write(module: nn.Module, value: bool) -> None:
+        vars(module)["training"] = value
+
+    if isinstance(vars(nn.Module).get("training"), property):
+        yield
+        return
+    nn.Module.training = property(read, write)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del nn.Module.training
+
+
+class ModelTracer(fx.Tracer):
+    """See the module's docstring.
+
+    Args:
+        example_args: positional inputs of the root on the meta device.
+        example_kwargs: keyword inputs.
+        training: for the analysis of a leaf: the train mode; sizes and branches are then concrete too.
+        bake_root: read the root's own training flag, and sizes in its own control flow, as constants.
+    """
+
+    def __init__(
+        self,
+        example_args: Sequence[Any] = (),
+        example_kwargs: Mapping[str, Any] | None = None,
+        training: bool | None = None,
+        bake_root: bool = False,
+    ) -> None:
+        super().__init__()
+        self.proxy_buffer_attributes = True
+        self.example_args, self.example_kwargs = example_args, dict(example_kwargs or {})
+        self.fixed_training, self.bake_root = training, bake_root
+        self.outputs: dict[str, list[Any]] = {}
+        self.leaves: dict[str, str] = {}
+        self.baked: dict[str, bool] = {}
+        self.path: list[str] = []
+        self._evaluating = 0
+        self._cache: dict[str, fx.Proxy] = {}
+        self._names: dict[int, str] = {}
+
+    # -- entry -------------------------------------------------------------------------------------------------
+
+    def trace(self, root: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.Graph:  # type: ignore[override]
+        """Record ``root`` and return its graph."""
+        self._names = {}
+        for name, tensor in named_tensors(root):
+            self._names.setdefault(id(tensor), name)
+        _TRACERS.append(self)
+        try:
+            with _training_property():
+                graph = super().trace(root, concrete_args)
+        finally:
+            _TRACERS.pop()
+        functionalize(graph)
+        _drop_unused(graph)
+        return graph
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        """Make one placeholder per example input that holds a tensor; other inputs are constants."""
+        names = _parameter_names(root_fn)
+        args = [
+            self._placeholder(names[i] if i < len(names) else f"input_{i}", a) for i, a in enumerate(self.example_args)
+        ]
+        kwargs = {name: self._placeholder(name, value) for name, value in self.example_kwargs.items()}
+
+        def call(root: nn.Module) -> Any:
+            return root_fn(root, *args, **kwargs)
+
+        return call, [self.root]
+
+    def _placeholder(self, name: str, value: Any) -> Any:
+        leaves = torch.utils._pytree.tree_leaves(value)
+        if not any(isinstance(leaf, Tensor) for leaf in leaves):
+            return value
+        node = self.create_node("placeholder", name, (), {})
+        node.meta["val"] = value
+        return self.proxy(node)
+
+    # -- nodes -------------------------------------------------------------------------------------------------
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """Wrap a node."""
+        return HintProxy(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        """Turn a value of the traced program into a graph argument."""
+        if issubclass(type(a), fx.Proxy):
+            return a.node
+        if isinstance(a, nn.Parameter) and id(a) in self._names:
+            return self.create_node("get_attr", self._names[id(a)], (), {})
+        if type(a) is OrderedDict:
+            pairs = [(key, value) for key, value in a.items()]
+            return self.create_node("call_function", OrderedDict, (self.create_arg(pairs),), {})
+        return super().create_arg(a)
+
+    def create_node(
+        self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None
+    ) -> fx.Node:
+        """Add a node and compute its value on the meta device."""
+        if target is operator.setitem:
+            target = setitem
+        node = super().create_node(kind, target, args, kwargs, name, type_expr)
+        node.meta["module"] = self.path[-1] if self.path else ""
+        node.meta["source"] = _source_line()
+        if kind not in ("placeholder", "output"):
+            node.meta["val"] = self._evaluate(node)
+        return node
+
+    def _evaluate(self, node: fx.Node) -> Any:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        args, kwargs = _plain(args), _plain(kwargs)
+        self._evaluating += 1
+        try:
+            if node.op == "get_attr":
+                return to_meta(operator.attrgetter(str(node.target))(self.root))
+            if node.op == "call_module":
+                return run_module_on_meta(self.root.get_submodule(str(node.target)), args, kwargs)
+            return run_on_meta(node.op, node.target, args, kwargs)
+        except Exception as error:
+            return Unknown(f"{type(error).__name__}: {error}")
+        finally:
+            self._evaluating -= 1
+
+    # -- modules and attributes ----------------------------------------------------------------------------------
+
+    def training_of(self, module: nn.Module) -> Any:
+        """Return what ``module.training`` is to the traced program."""
+        actual = vars(module).get("training", True)
+        if self.fixed_training is not None:
+            return self.fixed_training
+        if self._evaluating or self.submodule_paths is None or module not in self.submodule_paths:
+            return actual
+        path = self.submodule_paths[module]
+        if self.bake_root and path == "":
+            self.baked[path] = actual
+            return actual
+        return self.create_proxy("get_attr", f"{path}.training" if path else "training", (), {})
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        """Return a proxy for a parameter or buffer, the value itself for anything else."""
+        self._cache = parameter_proxy_cache
+        if self._evaluating or not isinstance(attr_val, Tensor) or id(attr_val) not in self._names:
+            return attr_val
+        name = self._names[id(attr_val)]
+        if name not in parameter_proxy_cache:
+            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+        return parameter_proxy_cache[name]
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Trace into every module; those that cannot be traced become leaves in ``call_module``."""
+        return False
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Trace into ``m``, or keep it as a leaf where that fails."""
+        if self._evaluating or self.submodule_paths is None or m not in self.submodule_paths:
+            return forward(*args, **kwargs)
+        path = self.submodule_paths[m]
+        mark = next(iter(reversed(self.graph.nodes)), None)
+        state = dict(vars(m))
+        self.path.append(path)
+        try:
+            result = forward(*args, **kwargs)
+            self._check_known(mark)
+        except Exception as error:
+            self._rollback(mark)
+            # Code that failed half way may have left symbolic values in the module's attributes.
+            vars(m).clear()
+            vars(m).update(state)
+            self.leaves[path] = f"{type(error).__name__}: {error}"
+            result = self.create_proxy("call_module", path, args, kwargs)
+            if isinstance(result.node.meta["val"], Unknown):
+                raise
+        finally:
+            self.path.pop()
+        self.outputs.setdefault(path, []).append(_nodes_of(result))
+        return result
+
+    def _check_known(self, mark: fx.Node | None) -> None:
+        node = next(iter(reversed(self.graph.nodes)), None)
+        while node is not None and node is not mark and node.op != "root":
+            if isinstance(node.meta.get("val"), Unknown):
+                raise fx.proxy.TraceError(f"{node.target}: {node.meta['val'].reason}")
+            node = node.prev
+
+    def _rollback(self, mark: fx.Node | None) -> None:
+        erased = set()
+        for node in reversed(list(self.graph.nodes)):
+            if node is mark:
+                break
+            erased.add(node)
+            self.graph.erase_node(node)
+        for name in [n for n, p in self._cache.items() if p.node in erased]:
+            del self._cache[name]
+        for path in list(self.outputs):
+            calls = self.outputs[path]
+            calls[:] = [c for c in calls if not any(n in erased for n in _iter_nodes(c))]
+
+    # -- questions that Python code asks -------------------------------------------------------------------------
+
+    def length(self, proxy: fx.Proxy) -> int:
+        """Answer ``len(value)``: of a tuple always, of a tensor only for analysis (it is a batch size)."""
+        value = proxy.node.meta.get("val")
+        if isinstance(value, (tuple, list, dict)):
+            return len(value)
+        return len(self.concrete(proxy))
+
+    def concrete(self, proxy: fx.Proxy) -> Any:
+        """Answer with the example's value where that is allowed."""
+        value = proxy.node.meta.get("val")
+        allowed = self.fixed_training is not None or (self.bake_root and not self.path)
+        if not allowed or isinstance(value, (Tensor, Unknown)):
+            raise fx.proxy.TraceError(f"control flow depends on the value of {proxy.node.target}")
+        if self.fixed_training is None:
+            self._guard(proxy, value)
+        return value
+
+    def _guard(self, proxy: fx.Proxy, value: Any) -> None:
+        message = (
+            f"{_source_line()}: the network branches on a size here and was recorded for {value!r}; "
+            "expand it again with an example_input of the size that is used now"
+        )
+        same = self.create_proxy("call_function", operator.eq, (proxy, value), {})
+        self.create_proxy("call_function", torch._assert, (same, message), {})
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """Answer ``if value:``."""
+        return bool(self.concrete(obj))
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        """Iterate over a tuple of known length."""
+        return iter([obj[i] for i in range(self.length(obj))])
+
+    def keys(self, obj: fx.Proxy) -> Any:
+        """Iterate over the keys of a dict."""
+        value = obj.node.meta.get("val")
+        return value.keys() if isinstance(value, dict) else super().keys(obj)
+
+
+def setitem(value: Tensor, index: Any, new: Any) -> Tensor:
+    """Return a copy of ``value`` with ``value[index] = new``."""
+    result = value.clone()
+    result[index] = new
+    return result
+
+
+_INPLACE_OPERATORS = {
+    operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod,
+    operator.ipow, operator.iand, operator.ior, operator.ixor, operator.imatmul, setitem,
+}  # fmt: skip
+
+
+def is_inplace(node: fx.Node) -> bool:
+    """Whether the node changes its first argument in place (or stands for code that did)."""
+    if node.op == "call_method":
+        name = str(node.target)
+        return name.endswith("_") and not name.endswith("__")
+    if node.op != "call_function":
+        return False
+    if node.target in _INPLACE_OPERATORS or node.kwargs.get("inplace") is True:
+        return True
+    name = getattr(node.target, "__name__", "")
+    return name.endswith("_") and not name.endswith("__")
+
+
+def functionalize(graph: fx.Graph) -> None:
+    """Make users that come after an in-place operator read its result instead of the value it changed."""
+    order = {node: k for k, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        if not is_inplace(node) or not node.args or not isinstance(node.args[0], fx.Node):
+            continue
+        changed = node.args[0]
+        if changed.op == "get_attr" or not isinstance(changed.meta.get("val"), Tensor):
+            continue
+        for user in list(changed.users):
+            if order[user] > order[node]:
+                user.replace_input_with(changed, node)
+
+
+def _drop_unused(graph: fx.Graph) -> None:
+    """Remove queries that nothing uses (training flags, shapes)."""
+    for node in reversed(list(graph.nodes)):
+        pure = node.op == "get_attr" or node.target in (getattr, operator.getitem) or node.target in ("size", "dim")
+        if pure and not node.users:
+            graph.erase_node(node)
+
+
+def _parameter_names(function: Callable[..., Any]) -> list[str]:
+    import inspect
+
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(inspect.unwrap(function)).parameters.values()
+    return [p.name for p in parameters if p.kind in kinds][1:]
+
+
+def _plain(value: Any) -> Any:
+    """Turn fx's immutable containers into ordinary ones."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    if type(value) is tuple:
+        return tuple(_plain(v) for v in value)
+    if isinstance(value, slice):
+        return slice(_plain(value.start), _plain(value.stop), _plain(value.step))
+    return value
+
+
+def _nodes_of(value: Any) -> Any:
+    """Replace proxies by their nodes inside tuples, lists and dicts."""
+    if issubclass(type(value), fx.Proxy):
+        return value.node
+    if isinstance(value, dict):
+        return {k: _nodes_of(v) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return tuple(_nodes_of(v) for v in value)
+    return value
+
+
+def _iter_nodes(value: Any) -> Iterator[fx.Node]:
+    if isinstance(value, fx.Node):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _iter_nodes(item)
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from _iter_nodes(item)
+
+
+def _source_line() -> str:
+    """Return file:line of the innermost frame that is model code."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if "/torch/" not in name and not name.endswith(("reparam/passes/tracer.py", "reparam/passes/meta.py")):
+            return f"{name}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""

@@ -1,0 +1,141 @@
+"""Checks of the model and of the arguments before any work is done."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import UninitializedTensorMixin
+
+from reparam.errors import InputError, ModelError, near_matches
+from reparam.passes.skeleton import canonical_names, named_tensors
+
+_WRAPPERS = {
+    "DistributedDataParallel": "pass model.module",
+    "DataParallel": "pass model.module",
+    "FullyShardedDataParallel": "expand the model before wrapping it",
+    "OptimizedModule": "pass the model itself (model._orig_mod) and compile the result",
+}
+
+
+def check_ratio(ratio: Any) -> int:
+    """Return the ratio.
+
+    Raises:
+        InputError: not an int >= 1.
+    """
+    if isinstance(ratio, bool) or not isinstance(ratio, int):
+        raise InputError(f"ratio must be an int >= 1, not {ratio!r} ({type(ratio).__name__}); for example ratio=2")
+    if ratio < 1:
+        raise InputError(f"ratio must be an int >= 1, not {ratio}; ratio=2 doubles the channels")
+    return ratio
+
+
+def check_noise(noise: Any) -> float:
+    """Return the noise amplitude.
+
+    Raises:
+        InputError: not a number in [0, 1].
+    """
+    if isinstance(noise, bool) or not isinstance(noise, (int, float)) or not 0 <= noise <= 1:
+        raise InputError(f"noise must be a number in [0, 1] (relative to the rms of each weight), not {noise!r}")
+    return float(noise)
+
+
+def check_branches(branches: Any) -> None:
+    """Refuse branch recipes, which this release does not have.
+
+    Raises:
+        InputError: ``branches`` is not None.
+    """
+    if branches is not None:
+        raise InputError(f"branches={branches!r}: this release widens channels only; leave branches=None")
+
+
+def check_model(model: Any, values: bool = True) -> None:
+    """Refuse models that cannot be expanded.
+
+    Args:
+        model: what the user gave.
+        values: also look for NaN and Inf.
+
+    Raises:
+        InputError: not a module.
+        ModelError: wrapped, compiled, already a teacher, lazy, quantized, scripted, without parameters, or with
+            NaN or Inf among its weights.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    name = type(model).__name__
+    for cls in type(model).__mro__:
+        if cls.__name__ in _WRAPPERS and cls.__module__.startswith("torch."):
+            raise ModelError(f"the model is wrapped in {cls.__name__}: {_WRAPPERS[cls.__name__]}")
+    if "reparam" in getattr(model, "meta", {}) or type(model).__name__ == "StudentView":
+        raise ModelError(
+            f"the model ({name}) is a teacher or a view of one already; reparam.extract(teacher) gives its student"
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError(f"the model ({name}) is a ScriptModule; pass the Python module it was made from")
+    for path, child in model.named_modules():
+        if type(child).__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic", "torchao.")):
+            raise ModelError(f"{path}: {type(child).__name__} is quantized; expand the model before quantizing it")
+    _check_tensors(model, name, values)
+
+
+def _check_tensors(model: nn.Module, name: str, values: bool) -> None:
+    for path, tensor in named_tensors(model):
+        if isinstance(tensor, UninitializedTensorMixin):
+            raise ModelError(f"{path} is not initialised (a lazy module); run the model once before expanding it")
+        if tensor.is_quantized:
+            raise ModelError(f"{path} is quantized; expand the model before quantizing it")
+        floating = tensor.is_floating_point() and tensor.device.type != "meta"
+        if values and floating and not bool(torch.isfinite(tensor.detach().sum(dtype=torch.float64))):
+            bad = int((~torch.isfinite(tensor.detach())).sum())
+            if bad:
+                raise ModelError(f"{path} holds {bad} NaN or Inf values; load good weights first")
+    if next(model.parameters(), None) is None:
+        raise ModelError(f"the model ({name}) has no parameters; there is nothing to expand")
+
+
+def ignored_parameters(model: nn.Module, ignore: Iterable[Any]) -> dict[str, str]:
+    """Resolve ``ignore`` entries to canonical parameter names.
+
+    Args:
+        model: the student.
+        ignore: names or globs of modules or parameters, or module types.
+
+    Returns:
+        Parameter name -> reason.
+
+    Raises:
+        InputError: an entry matches nothing; near matches are listed.
+    """
+    if isinstance(ignore, (str, type)):
+        ignore = (ignore,)
+    canonical = canonical_names(model)
+    modules = dict(model.named_modules())
+    result: dict[str, str] = {}
+    for entry in ignore:
+        found = _matches(entry, modules, canonical)
+        if not found:
+            word = entry if isinstance(entry, str) else entry.__name__
+            names = [*modules, *canonical] if isinstance(entry, str) else [type(m).__name__ for m in modules.values()]
+            raise InputError(f"ignore entry {entry!r} matches no module or parameter{near_matches(word, names)}")
+        for name in found:
+            result[canonical[name]] = f"ignored ({entry if isinstance(entry, str) else entry.__name__})"
+    return result
+
+
+def _matches(entry: Any, modules: Mapping[str, nn.Module], canonical: Mapping[str, str]) -> list[str]:
+    if isinstance(entry, type):
+        paths = [path for path, module in modules.items() if isinstance(module, entry)]
+    elif isinstance(entry, str):
+        paths = [path for path in modules if path and fnmatch.fnmatchcase(path, entry)]
+    else:
+        raise InputError(f"an ignore entry is a name, a glob or a module type, not {type(entry).__name__}")
+    inside = [n for n in canonical for path in paths if not path or n.startswith(path + ".")]
+    direct = [n for n in canonical if isinstance(entry, str) and fnmatch.fnmatchcase(n, entry)]
+    return list(dict.fromkeys([*inside, *direct]))

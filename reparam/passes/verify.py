@@ -1,0 +1,244 @@
+"""Run student and teacher side by side in float64 and compare every node.
+
+Requires: a capture, the rewritten graph and its plan. Ensures: ``teacher == student[map]`` at every node to the
+tolerance, or an error that names the first node where it does not hold. Parameters are converted and widened one at a
+time, values are freed after their last use.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.func import functional_call
+from torch.utils import _pytree as pytree
+
+from reparam.errors import VerificationError
+from reparam.ops.params import repeat
+from reparam.passes.example import Inputs
+from reparam.passes.plan import Plan
+from reparam.passes.skeleton import canonical_names, named_tensors
+from reparam.passes.tracer import Capture
+from reparam.passes.values import walk
+
+TOLERANCE = 1e-9
+"""Relative error of a node above which verification fails. Exact expansion stays below 1e-12."""
+
+
+@dataclass(frozen=True)
+class NodeError:
+    """The largest error that was met: max |difference| / max |student|, absolute where the node is 0."""
+
+    error: float
+    node: str
+    operator: str
+    module: str
+    source: str
+
+
+@dataclass
+class Rewritten:
+    """A teacher's graph before it has weights: what ``rewrite`` returns."""
+
+    graph: fx.Graph
+    steps: dict[str, nn.Module]
+    nodes: dict[fx.Node, fx.Node]
+
+
+def verify(model: nn.Module, capture: Capture, rewritten: Rewritten, plan: Plan, inputs: Inputs) -> NodeError:
+    """Compare both worlds on these real inputs, in eval mode; returns the largest error.
+
+    Parameters that are constant (fresh norms, zero-initialised branches) are varied, so that nothing hides behind
+    a zero.
+
+    Raises:
+        VerificationError: a node differs; names node, operator, module and source line.
+    """
+    student = World(capture.graph, capture.root, _student_tensors(model))
+    teacher = World(rewritten.graph, capture.root, _teacher_tensors(model, plan, student.tensors), rewritten.steps)
+    partner = {new: old for old, new in rewritten.nodes.items()}
+    leaves = [v for v in pytree.tree_leaves(inputs) if isinstance(v, Tensor)]
+    placeholders = [n for n in capture.graph.nodes if n.op == "placeholder"]
+    values = iter([v for v in [*inputs[0], *inputs[1].values()] if _has_tensor(v)])
+    feeds = {node.name: next(values) for node in placeholders}
+    worst = NodeError(0.0, "", "", "", "")
+    devices = [leaves[0].device] if leaves and leaves[0].device.type == "cuda" else []
+    with torch.no_grad(), torch.random.fork_rng(devices):
+        for node in rewritten.graph.nodes:
+            torch.manual_seed(0)
+            teacher.run(node, feeds)
+            old = partner.get(node)
+            if old is not None and old.op == "get_attr":
+                student.run(old, feeds)  # a weight alone obeys its parameter map, not the invariant
+            elif old is not None:
+                torch.manual_seed(0)
+                student.run(old, feeds)
+                worst = max(worst, _compare(old, student.env[old], teacher.env[node], plan), key=lambda e: e.error)
+            if old is not None:
+                student.free(old)
+            teacher.free(node)
+    return worst
+
+
+def _has_tensor(value: Any) -> bool:
+    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
+
+
+def _compare(node: fx.Node, s: Any, t: Any, plan: Plan) -> NodeError:
+    maps = plan.value_maps.get(node.name, ())
+    pairs = zip(_tensors(s), _tensors(t), strict=False)
+    worst = 0.0
+    for k, (a, b) in enumerate(pairs):
+        expected = a
+        for dim, replica_map in maps[k] if k < len(maps) else ():
+            expected = repeat(expected, dim, replica_map)
+        worst = max(worst, _difference(expected, b))
+    operator_name = getattr(node.target, "__name__", str(node.target))
+    error = NodeError(worst, node.name, operator_name, node.meta.get("module", ""), node.meta.get("source", ""))
+    if not worst <= TOLERANCE:
+        raise VerificationError(
+            f"student and teacher differ at node {error.node} ({error.operator} in module "
+            f"{error.module or 'the network itself'!r}, {error.source}): relative error {worst:.2e}. "
+            "The rule of this operator is wrong for this use: please report it; meanwhile pass "
+            f"ignore=[...] with the layers around it, or verify=False if you know better"
+        )
+    return error
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for _path, leaf in walk(value) if isinstance(leaf, Tensor)]
+
+
+def _difference(expected: Tensor, found: Tensor) -> float:
+    if expected.shape != found.shape:
+        return float("inf")
+    if not (expected.is_floating_point() and found.is_floating_point()) or not expected.numel():
+        return 0.0  # bool and int may flip on a rounding; what they lead to is compared
+    scale = float(expected.abs().max())
+    difference = float((expected - found).abs().max())
+    if difference != difference or scale in (float("inf"),):
+        same = torch.equal(expected.isnan(), found.isnan())
+        expected, found = expected.nan_to_num(0, 0, 0), found.nan_to_num(0, 0, 0)
+        scale, difference = float(expected.abs().max()), float((expected - found).abs().max())
+        difference = difference if same else float("inf")
+    return difference / scale if scale > 0 else difference
+
+
+Fetch = Callable[[str], Any]
+
+
+def _student_tensors(model: nn.Module) -> Fetch:
+    tensors = dict(named_tensors(model))
+
+    def fetch(name: str) -> Any:
+        tensor = tensors.get(name)
+        return None if tensor is None else _varied(name, tensor.detach())
+
+    return fetch
+
+
+def _varied(name: str, tensor: Tensor) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor.clone()
+    value = tensor.double()
+    if value.numel() > 1 and bool((value == value.flatten()[0]).all()):
+        generator = torch.Generator().manual_seed(sum(name.encode()))
+        value = value + 0.25 * torch.rand(value.shape, generator=generator, dtype=torch.float64).to(value.device)
+    return value
+
+
+def _teacher_tensors(model: nn.Module, plan: Plan, student: Fetch) -> Fetch:
+    canonical = canonical_names(model)
+
+    def fetch(name: str) -> Any:
+        value = student(canonical.get(name, name))
+        param_map = plan.params.get(canonical.get(name, name))
+        if value is None or param_map is None:
+            return value
+        generator = torch.Generator().manual_seed(sum(name.encode()))
+        return param_map.widen(value, 0.25, generator)
+
+    return fetch
+
+
+class World:
+    """One of the two networks: its graph, and where its tensors come from."""
+
+    def __init__(
+        self, graph: fx.Graph, root: nn.Module, tensors: Fetch, steps: dict[str, nn.Module] | None = None
+    ) -> None:
+        self.root, self.tensors, self.steps = root, tensors, steps or {}
+        self.env: dict[fx.Node, Any] = {}
+        order = {node: k for k, node in enumerate(graph.nodes)}
+        self.last: dict[fx.Node, list[fx.Node]] = {}
+        for node in graph.nodes:
+            end = max([node, *node.users], key=order.__getitem__)
+            self.last.setdefault(end, []).append(node)
+
+    def run(self, node: fx.Node, feeds: dict[str, Any]) -> None:
+        """Compute one node."""
+        if node.op == "placeholder":
+            self.env[node] = pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, feeds[node.name])
+            return
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self.env[n])
+        args, kwargs = pytree.tree_map(_wide_dtype, (args, kwargs))
+        self.env[node] = self._call(node, args, kwargs)
+
+    def free(self, node: fx.Node) -> None:
+        """Drop the values that nothing needs after ``node``."""
+        for done in self.last.get(node, ()):
+            self.env.pop(done, None)
+
+    def _call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        target: Any = node.target
+        if node.op == "output":
+            return args[0]
+        if node.op == "get_attr":
+            return self._attribute(target)
+        if node.op == "call_method":
+            name = "double" if target in ("half", "float", "bfloat16") else target
+            return getattr(args[0], name)(*args[1:], **kwargs)
+        if node.op == "call_module":
+            return self._module(target, args, kwargs)
+        return target(*args, **kwargs)
+
+    def _attribute(self, name: str) -> Any:
+        if name.rpartition(".")[2] == "training":
+            return False
+        value = self.tensors(name)
+        value = operator.attrgetter(name)(self.root) if value is None else value
+        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    def _module(self, name: str, args: Any, kwargs: Any) -> Any:
+        step = self.steps.get(name.rpartition(".")[2]) if name.startswith("reparam_steps.") else None
+        if step is not None:
+            return step(*args, **kwargs)
+        module = self.root.get_submodule(name)
+        tensors = {n: self.tensors(f"{name}.{n}") for n, _t in named_tensors(module)}
+        with _eval_mode(module):
+            return functional_call(module, tensors, args, kwargs)
+
+
+def _wide_dtype(value: Any) -> Any:
+    return (
+        torch.float64
+        if value in (torch.float32, torch.float16, torch.bfloat16) and isinstance(value, torch.dtype)
+        else value
+    )
+
+
+class _eval_mode:
+    def __init__(self, module: nn.Module) -> None:
+        self.modes = [(m, m.training) for m in module.modules()]
+
+    def __enter__(self) -> None:
+        for module, _mode in self.modes:
+            module.training = False
+
+    def __exit__(self, *error: object) -> None:
+        for module, mode in self.modes:
+            module.training = mode

@@ -1,0 +1,193 @@
+"""The student's side of a teacher: run it on the teacher's own parameters, or take it out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from reparam.errors import InputError
+from reparam.passes.plan import STATISTICS
+from reparam.passes.skeleton import canonical_names, named_tensors, rebuild
+from reparam.passes.teacher import Teacher, require_teacher
+
+
+def student_view(teacher: nn.Module) -> StudentView:
+    """Return the compact student as a module that computes with the teacher's own parameters.
+
+    Gradients of ``view(x)`` reach the tensors of ``teacher``. A second call returns the same object. Only its norm
+    statistics are its own; they live in the teacher's state_dict under ``student_statistics.``.
+
+    Source: GPD (ICLR 2025), channel-branch reparameterization: ``W_s = r W[:C_out, :C_in]``.
+
+    Raises:
+        InputError: ``teacher`` was not made by reparam.
+    """
+    owner = require_teacher(teacher)
+    if owner._view is None:
+        owner._view = StudentView(owner)
+    view: StudentView = owner._view
+    return view
+
+
+def extract(teacher: nn.Module) -> nn.Module:
+    """Return the student as a plain model: original class, state_dict keys and shapes; a fresh copy.
+
+    ``extract(expand(m))`` has the state_dict of ``m`` bit for bit where the ratio is a power of two, within 2 ulp
+    otherwise. The result is in the train or eval mode of the student's view.
+
+    Raises:
+        InputError: ``teacher`` was not made by reparam.
+    """
+    owner = require_teacher(teacher)
+    tensors = narrow_tensors(owner)
+    with torch.no_grad():
+        student = rebuild(owner.skeleton, lambda name, _meta: tensors[name].detach().clone())
+    modes = owner._view.modes() if owner._view is not None else None
+    for name, module in student.named_modules():
+        module.training = modes[name] if modes is not None else _mode(owner, name)
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(owner.get_parameter(name).requires_grad)
+    return student
+
+
+def _mode(teacher: Teacher, path: str) -> bool:
+    try:
+        return teacher.get_submodule(path).training
+    except AttributeError:
+        return teacher.training
+
+
+def narrow_tensors(teacher: Teacher) -> dict[str, Tensor]:
+    """Return every parameter and buffer of the student, computed from the teacher's; differentiable."""
+    plan = teacher.plan
+    canonical = canonical_names(teacher.skeleton)
+    own = set(plan.statistics)
+    done: dict[str, Tensor] = {}
+    result: dict[str, Tensor] = {}
+    for name, first in canonical.items():
+        if first not in done:
+            done[first] = _narrow(teacher, first, own)
+        result[name] = done[first]
+    return result
+
+
+def _narrow(teacher: Teacher, name: str, own: set[str]) -> Tensor:
+    path, _, leaf = name.rpartition(".")
+    if name in own:
+        return teacher.get_submodule(f"{STATISTICS}.{path}" if path else STATISTICS)._buffers[leaf]  # type: ignore[return-value]
+    holder = teacher.get_submodule(path)
+    tensor = holder._parameters.get(leaf)
+    if tensor is None:
+        tensor = holder._buffers[leaf]
+    assert tensor is not None
+    param_map = teacher.plan.params.get(name)
+    return tensor if param_map is None else param_map.narrow(tensor)
+
+
+class StudentView(nn.Module):
+    """See :func:`student_view`.
+
+    ``parameters()`` are the teacher's tensors, each once; ``to()`` moves the teacher; ``train()`` and ``eval()``
+    switch this view only; ``state_dict()`` is the student's.
+    """
+
+    def __init__(self, teacher: Teacher) -> None:
+        super().__init__()
+        # In a tuple: the teacher and the meta skeleton are no submodules of the view.
+        self._owner = (teacher,)
+        self._network = (teacher.skeleton,)
+        for name, module in teacher.skeleton.named_modules():
+            module.training = _mode(teacher, name)
+        self.training = teacher.training
+
+    @property
+    def teacher(self) -> Teacher:
+        """The teacher whose parameters this view uses."""
+        return self._owner[0]
+
+    @property
+    def network(self) -> nn.Module:
+        """The student's own modules, without weights (meta device)."""
+        return self._network[0]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the student; inputs and outputs are those of the original model."""
+        tensors = narrow_tensors(self.teacher)
+        own = {name: tensors[name] for name in self.teacher.plan.statistics}
+        result = functional_call(self.network, tensors, args, kwargs)
+        for name, tensor in own.items():
+            # A module that assigns a new statistic instead of updating the old one in place.
+            if tensors[name] is not tensor:
+                tensor.copy_(tensors[name])
+        return result
+
+    def train(self, mode: bool = True) -> StudentView:
+        """Switch the student; the teacher keeps its mode."""
+        self.training = mode
+        self.network.train(mode)
+        return self
+
+    def modes(self) -> dict[str, bool]:
+        """Return the train flag of every module of the student."""
+        return {name: module.training for name, module in self.network.named_modules()}
+
+    def train_modes(self, modes: dict[str, bool]) -> None:
+        """Set the train flag of every module of the student."""
+        for name, module in self.network.named_modules():
+            module.training = modes[name]
+        self.training = modes[""]
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the teacher's parameters."""
+        return self.teacher.named_parameters(prefix, recurse, remove_duplicate)
+
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield the teacher's buffers."""
+        return self.teacher.named_buffers(prefix, recurse, remove_duplicate)
+
+    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Return the student's state_dict, detached."""
+        keys = set(self.network.state_dict())
+        return {prefix + name: t.detach() for name, t in narrow_tensors(self.teacher).items() if name in keys}
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: the weights belong to the teacher."""
+        raise InputError(
+            "a student view owns no weights; load them into the teacher, or expand a student that has them"
+        )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> StudentView:
+        self.teacher._apply(fn, recurse)
+        return self
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients of the teacher's parameters."""
+        self.teacher.zero_grad(set_to_none)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StudentView:
+        import copy
+
+        teacher = copy.deepcopy(self.teacher, memo)
+        view = student_view(teacher)
+        memo[id(self)] = view
+        return view
+
+    def __reduce__(self) -> Any:
+        raise InputError(
+            "a student view is not pickled; write the teacher with reparam.save, or reparam.extract(teacher)"
+        )
+
+    def extra_repr(self) -> str:
+        """Show the student's class."""
+        return f"student={type(self.network).__name__}"
+
+
+__all__ = ["StudentView", "extract", "narrow_tensors", "named_tensors", "student_view"]

@@ -1,0 +1,164 @@
+"""Apply a plan: the wider module tree and the rewritten graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from reparam.ops.steps import Step
+from reparam.passes.plan import STATISTICS, EditPlan, Plan
+from reparam.passes.skeleton import canonical_names, module_and_attribute, rebuild
+from reparam.passes.teacher import Teacher, statistics_tree
+from reparam.passes.tracer import Capture
+
+STEPS = "reparam_steps"
+
+
+def build_teacher(model: nn.Module, capture: Capture, plan: Plan, noise: float) -> Teacher:
+    """Return the teacher of ``model`` under ``plan``; the model is not touched."""
+    canonical = canonical_names(model)
+
+    def widen(name: str, tensor: Tensor) -> Tensor:
+        param_map = plan.params.get(canonical[name])
+        return tensor.clone() if param_map is None else param_map.widen(tensor, noise)
+
+    root = rebuild(model, widen)
+    for path, value in plan.attributes.items():
+        holder, name = module_and_attribute(root, path)
+        setattr(holder, name, value)
+    describe_widths(root)
+    for name, value in vars(capture.root).items():
+        if name.startswith("_tensor_constant"):
+            root.register_buffer(name, value, persistent=False)
+    if plan.statistics:
+        root.add_module(STATISTICS, statistics_tree(model, plan.statistics))
+    graph, steps, nodes = rewrite(capture.graph, plan.edits)
+    if steps:
+        holder = nn.Module()
+        for name, module in steps.items():
+            holder.add_module(name, module.to(_device(model)))
+        holder.train(model.training)
+        root.add_module(STEPS, holder)
+    outputs = {path: _renamed(calls, nodes) for path, calls in capture.outputs.items()}
+    return Teacher(root, graph, plan, capture.root, outputs)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def rewrite(graph: fx.Graph, edits: Any) -> tuple[fx.Graph, dict[str, nn.Module], dict[fx.Node, fx.Node]]:
+    """Copy a graph with the edits of a plan.
+
+    Returns:
+        The new graph, the modules of the inserted steps, and the new node of every old one (behind its out steps).
+    """
+    new = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    steps: dict[str, nn.Module] = {}
+    shared: dict[Any, fx.Node] = {}
+
+    def insert(value: fx.Node, todo: tuple[Step, ...]) -> fx.Node:
+        for step in todo:
+            key = (value, step)
+            if key not in shared:
+                name = f"step_{len(steps)}"
+                steps[name] = step.build()
+                shared[key] = new.call_module(f"{STEPS}.{name}", (value,))
+                shared[key].meta["step"] = step
+            value = shared[key]
+        return value
+
+    for node in graph.nodes:
+        edit: EditPlan = edits.get(node.name) or EditPlan()
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])
+        holder: dict[str, Any] = {"args": _mutable(args), "kwargs": _mutable(kwargs)}
+        for path, value in edit.constants:
+            _write(holder, path, lambda _old, v=value: v)
+        for path, todo in edit.steps:
+            _write(holder, path, lambda old, t=todo: insert(old, t))
+        if node.op == "output":
+            env[node] = new.output(_final(holder["args"])[0])
+            break
+        args, kwargs = _final(holder["args"]), _final(holder["kwargs"])
+        copied = new.create_node(node.op, node.target, args, kwargs, node.name, node.type)
+        copied.meta.update({k: v for k, v in node.meta.items() if k in ("module", "source")})
+        env[node] = insert(copied, edit.out)
+    return new, steps, env
+
+
+def _mutable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _mutable(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+        items = [_mutable(v) for v in value]
+        return items if isinstance(value, list) else _Tuple(items)
+    return value
+
+
+class _Tuple(list[Any]):
+    """A tuple while it is being edited."""
+
+
+def _final(value: Any) -> Any:
+    if isinstance(value, _Tuple):
+        return tuple(_final(v) for v in value)
+    if isinstance(value, list):
+        return [_final(v) for v in value]
+    if isinstance(value, dict):
+        return {k: _final(v) for k, v in value.items()}
+    return value
+
+
+def _write(holder: Any, path: tuple[Any, ...], change: Callable[[Any], Any]) -> None:
+    head, *rest = path
+    if rest:
+        inner = holder.get(head) if isinstance(holder, dict) else holder[head]
+        if isinstance(inner, slice):
+            parts = {n: getattr(inner, n) for n in ("start", "stop", "step")}
+            parts[rest[0]] = change(parts[rest[0]])
+            holder[head] = slice(parts["start"], parts["stop"], parts["step"])
+            return
+        _write(inner, tuple(rest), change)
+    elif isinstance(holder, dict):
+        holder[head] = change(holder.get(head))
+    else:
+        holder[head] = change(holder[head])
+
+
+def _renamed(calls: list[Any], env: dict[fx.Node, fx.Node]) -> list[Any]:
+    return [
+        fx.node.map_aggregate(call, lambda n: env[n].name if isinstance(n, fx.Node) and n in env else None)
+        for call in calls
+    ]
+
+
+def describe_widths(root: nn.Module) -> None:
+    """Bring the attributes that state a width (``in_channels``, ``num_features`` ...) in line with the tensors."""
+    for module in root.modules():
+        weight = module._parameters.get("weight")
+        if weight is None:
+            continue
+        for name, value in _widths(module, weight).items():
+            if isinstance(getattr(module, name, None), int) and not isinstance(getattr(module, name), bool):
+                setattr(module, name, value)
+
+
+def _widths(module: nn.Module, weight: Tensor) -> dict[str, int]:
+    shape = list(weight.shape)
+    if isinstance(module, nn.modules.conv._ConvNd) and len(shape) >= 2:
+        groups = module.groups
+        first, second = shape[0], shape[1]
+        if module.transposed:
+            return {"in_channels": first, "out_channels": second * groups}
+        return {"in_channels": second * groups, "out_channels": first}
+    if isinstance(module, nn.Linear) and len(shape) == 2:
+        return {"out_features": shape[0], "in_features": shape[1]}
+    if isinstance(module, nn.Embedding):
+        return {"embedding_dim": shape[1]}
+    if len(shape) == 1:
+        return {"num_features": shape[0], "num_channels": shape[0], "num_parameters": shape[0]}
+    return {}

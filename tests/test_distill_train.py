@@ -1,0 +1,295 @@
+"""Whole runs: files, numbers, determinism, and the errors of a run."""
+
+import csv
+import dataclasses
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import reparam
+from reparam.distill import files
+from reparam.distill.compare import arms, compare
+from reparam.distill.config import TrainConfig
+from reparam.distill.data import Arrays, load_source
+from reparam.distill.losses import smoothed_cross_entropy
+from reparam.distill.methods import Networks, get_method
+from reparam.distill.models import CifarResNet
+from reparam.distill.trainer import resolve_device, train
+from reparam.errors import InputError, ModelError, TrainingError
+
+
+def small_net(seed=0, classes=10):
+    torch.manual_seed(seed)
+    return CifarResNet(8, width=2, num_classes=classes, in_chans=1)
+
+
+@pytest.fixture(scope="module")
+def source():
+    return load_source("digits", limit_train=200)
+
+
+@pytest.fixture
+def config(tmp_path):
+    return TrainConfig(epochs=2, batch_size=50, output=str(tmp_path / "run"), quiet=True)
+
+
+def read_csv(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("baseline", [False, True])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_run_writes_everything(tmp_path, config, source, baseline, optimizer):
+    config = dataclasses.replace(config, baseline=baseline, optimizer=optimizer)
+    student = small_net()
+    summary = train(config, student=student, source=source, command=["reparam", "train"])
+    folder = tmp_path / "run"
+    names = {"config.json", "metrics.csv", "student.safetensors", "summary.json"}
+    assert {entry.name for entry in folder.iterdir()} == (names if baseline else names | {"teacher.safetensors"})
+    assert json.loads((folder / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    assert summary["baseline"] is baseline and 0 <= summary["student_top1"] <= 100
+    assert summary["parity"]["max_rel"] <= 1e-5 and summary["parity"]["argmax_agreement"] == 1
+    assert summary["parameters"]["student"] == sum(parameter.numel() for parameter in student.parameters())
+    assert (summary["teacher_top1"] is None) is baseline and (summary["parameters"]["teacher"] is None) is baseline
+    rows = read_csv(folder / "metrics.csv")
+    assert [row["epoch"] for row in rows] == ["1", "2"] and rows[-1]["step"] == "8"
+    assert ("teacher_loss" in rows[0]) is not baseline
+    written = json.loads((folder / "config.json").read_text())
+    assert written["config"]["lr"] == (0.1 if optimizer == "sgd" else 0.002)
+    assert written["command"] == ["reparam", "train"] and written["versions"]["torch"]
+
+
+@pytest.mark.parametrize("baseline", [False, True])
+def test_written_student_is_the_trained_one(tmp_path, config, source, baseline):
+    student = small_net()
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    train(dataclasses.replace(config, baseline=baseline), student=student, source=source)
+    state = load_file(tmp_path / "run" / "student.safetensors")
+    assert {name: value.shape for name, value in state.items()} == {n: v.shape for n, v in before.items()}
+    assert not torch.equal(state["layer1.0.conv1.weight"], before["layer1.0.conv1.weight"])
+    if not baseline:
+        assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+        teacher = reparam.load(tmp_path / "run" / "teacher.safetensors", small_net(seed=1))
+        extracted = reparam.extract(teacher).state_dict()
+        assert all(torch.equal(value, extracted[name]) for name, value in state.items())
+
+
+@pytest.mark.parametrize("baseline", [False, True])
+def test_same_seed_same_weights(tmp_path, config, source, baseline):
+    states = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run = dataclasses.replace(config, baseline=baseline, seed=seed, output=str(tmp_path / name), epochs=1)
+        train(run, source=source)
+        states.append(load_file(tmp_path / name / "student.safetensors"))
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert not torch.equal(states[0]["conv1.weight"], states[2]["conv1.weight"])
+
+
+def test_gpd_step_equals_its_formula():
+    """Two backward passes over shared parameters give the gradient of the sum with the teacher detached."""
+    torch.manual_seed(0)
+    trunk = nn.Linear(6, 5).double()
+    teacher, student = nn.Sequential(trunk, nn.Tanh()), nn.Sequential(trunk, nn.Softsign())
+    images, labels = torch.randn(7, 6, dtype=torch.float64), torch.arange(7) % 5
+    networks = Networks(student, teacher, extract=lambda: student)
+    config = TrainConfig(kd_weight=3.0, label_smoothing=0.0)
+    parts = []
+    for part in get_method("gpd").step(networks, images, labels, config):
+        part.loss.backward()
+        parts.append(part.network)
+    assert parts == ["teacher", "student"]
+    found = trunk.weight.grad.clone()
+    trunk.weight.grad = None
+    soft = smoothed_cross_entropy(student(images), teacher(images).detach())
+    plain = nn.functional.cross_entropy(teacher(images), labels) + nn.functional.cross_entropy(student(images), labels)
+    (plain + 3 * soft).backward()
+    torch.testing.assert_close(found, trunk.weight.grad, rtol=1e-12, atol=1e-14)
+
+
+def test_student_and_teacher_share_parameters_but_not_statistics(source):
+    networks = get_method("gpd").prepare(small_net(), torch.randn(2, 1, 8, 8), TrainConfig())
+    assert {id(p) for p in networks.student.parameters()} == {id(p) for p in networks.teacher.parameters()}
+    networks.train()
+    before = {name: value.clone() for name, value in networks.teacher.state_dict().items()}
+    networks.student(torch.randn(8, 1, 8, 8))
+    changed = {name for name, value in networks.teacher.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed and all(name.startswith("student_statistics.") for name in changed)
+
+
+class Exploding(nn.Module):
+    """A network whose logits turn to NaN after a number of forward passes in training mode."""
+
+    def __init__(self, good_steps):
+        super().__init__()
+        self.fc = nn.Linear(64, 10)
+        self.good_steps = good_steps
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += self.training
+        logits = self.fc(x.flatten(1))
+        return logits * float("nan") if self.calls > self.good_steps else logits
+
+
+def test_nan_loss_names_epoch_and_step_and_keeps_the_last_good_checkpoint(tmp_path, config, source):
+    with pytest.raises(TrainingError, match=r"student's loss is nan in epoch 2, step 3 of 4") as caught:
+        train(dataclasses.replace(config, baseline=True), student=Exploding(6), source=source)
+    folder = tmp_path / "run"
+    assert f"{folder / 'student.safetensors'} keeps the weights after epoch 1" in str(caught.value)
+    assert "--lr (now 0.1)" in str(caught.value)
+    assert all(value.isfinite().all() for value in load_file(folder / "student.safetensors").values())
+    assert len(read_csv(folder / "metrics.csv")) == 1
+    assert not (folder / "summary.json").exists() and not list(folder.glob("*partial*"))
+
+
+def test_nan_in_the_first_epoch_keeps_the_initial_weights(tmp_path, config, source):
+    student = Exploding(0)
+    before = student.fc.weight.detach().clone()
+    with pytest.raises(TrainingError, match=r"epoch 1, step 1 of 4; .* keeps the initial weights"):
+        train(dataclasses.replace(config, baseline=True), student=student, source=source)
+    assert torch.equal(load_file(tmp_path / "run" / "student.safetensors")["fc.weight"], before)
+
+
+def test_huge_learning_rate_stops_the_run(tmp_path, config, source):
+    run = dataclasses.replace(config, lr=1e30, clip_grad=0, epochs=3, warmup_epochs=0)
+    with pytest.raises(TrainingError, match=r"epoch 1, step \d of 4|weight became NaN or Inf in epoch 1"):
+        train(run, student=small_net(), source=source)
+    state = load_file(tmp_path / "run" / "student.safetensors")
+    assert all(value.isfinite().all() for value in state.values())
+
+
+def test_interrupted_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file.json"
+    files.write_json(path, {"a": 1})
+    with pytest.raises(KeyboardInterrupt):
+        files.write_atomically(
+            path, lambda partial: (partial.write_text("half"), (_ for _ in ()).throw(KeyboardInterrupt))
+        )
+    assert json.loads(path.read_text()) == {"a": 1} and [entry.name for entry in tmp_path.iterdir()] == ["file.json"]
+
+
+def test_class_count_that_does_not_fit(config, source):
+    with pytest.raises(ModelError, match=r"returns 7 logits, but digits has 10 classes; build the model with num_cl"):
+        train(config, student=small_net(classes=7), source=source)
+
+
+def test_class_count_of_a_model_file(tmp_path, config, source):
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\ndef build():\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 3))\n"
+    )
+    model = f"{tmp_path / 'net.py'}:build"
+    with pytest.raises(ModelError, match=r"net.py:build returns 3 logits, but digits has 10 classes"):
+        train(dataclasses.replace(config, model=model), source=source)
+
+
+def test_model_that_fails_on_the_images(config, source):
+    with pytest.raises(ModelError, match=r"fails on images of digits, shape \[2, 1, 8, 8\]: .*3 channels"):
+        train(config, student=nn.Sequential(nn.Conv2d(3, 10, 3), nn.Flatten()), source=source)
+    with pytest.raises(ModelError, match=r"returns a tensor of shape \[2, 10, 8, 8\]"):
+        train(config, student=nn.Conv2d(1, 10, 1), source=source)
+
+
+def test_output_folder_that_holds_a_run(config, source):
+    train(dataclasses.replace(config, baseline=True, epochs=1), student=small_net(), source=source)
+    with pytest.raises(InputError, match=r"holds a run already \(config.json, summary.json\)"):
+        train(config, student=small_net(), source=source)
+
+
+def test_output_that_is_a_file(tmp_path, config, source):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(InputError, match=r"run is a file; name a folder"):
+        train(config, student=small_net(), source=source)
+
+
+def test_default_output_is_a_new_folder(tmp_path, monkeypatch, source):
+    monkeypatch.chdir(tmp_path)
+    for name in ("digits-cifar_resnet8_w8-baseline-seed0", "digits-cifar_resnet8_w8-baseline-seed0-2"):
+        train(TrainConfig(epochs=1, baseline=True, quiet=True), source=source)
+        assert (tmp_path / "runs" / name / "summary.json").is_file()
+
+
+def test_step_schedule_and_warm_up(tmp_path, config, source):
+    run = dataclasses.replace(config, baseline=True, schedule="step", epochs=6, decay_epochs=2, warmup_epochs=1)
+    train(run, student=small_net(), source=source)
+    rates = [float(row["lr"]) for row in read_csv(tmp_path / "run" / "metrics.csv")]
+    assert rates == pytest.approx([0.001, 0.1, 0.01, 0.01, 0.001, 0.001])
+
+
+def test_gpd_without_room_for_decay_of_norms(config):
+    """AdamW leaves norms and biases of the teacher without decay, SGD decays everything."""
+    from reparam.distill.optim import make_optimizer
+
+    for optimizer, groups in (("adamw", 2), ("sgd", 1)):
+        made = make_optimizer(small_net(), dataclasses.replace(config, optimizer=optimizer).resolved())
+        assert len(made.param_groups) == groups
+    frozen = small_net().requires_grad_(False)
+    with pytest.raises(InputError, match="nothing to train"):
+        make_optimizer(frozen, config.resolved())
+
+
+def test_folder_data_from_end_to_end(tmp_path, config):
+    from test_distill_data import write_folder
+
+    spec = write_folder(tmp_path / "images", images=4)
+    run = dataclasses.replace(config, data=spec, image_size=8, batch_size=4, epochs=1)
+    summary = train(run)
+    assert summary["data"]["image_shape"] == (3, 8, 8) and summary["steps"] == 2
+    assert summary["parity_passed"]
+
+
+def test_progress_without_a_terminal(tmp_path, config, source, capsys):
+    train(dataclasses.replace(config, quiet=False), student=small_net(), source=source)
+    shown = capsys.readouterr()
+    assert "epoch   2/2" in shown.out and "student (extracted)" in shown.out and "PASS" in shown.out
+    assert "ratio 2" in shown.out and not shown.err
+
+
+def test_progress_on_a_terminal(config, source, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    train(dataclasses.replace(config, quiet=False, baseline=True), student=small_net(), source=source)
+    shown = capsys.readouterr()
+    assert "step/s" in shown.err or "8/8" in shown.err
+    assert "epoch   2/2" in shown.out
+
+
+def test_arms_of_a_comparison():
+    names = [arm.name for arm in arms(TrainConfig(lr=0.1, ratio=3))]
+    assert names == ["gpd lr 0.1", "baseline lr 0.1", "baseline lr 0.9"]
+    names = [arm.name for arm in arms(TrainConfig(optimizer="adamw", ratio=2))]
+    assert names == ["gpd lr 0.002", "baseline lr 0.002", "baseline lr 0.004", "baseline lr 0.008"]
+    assert len(arms(TrainConfig(ratio=1))) == 2
+
+
+def test_comparison(tmp_path, config, capsys):
+    run = dataclasses.replace(config, epochs=1, limit_train=100, quiet=False)
+    content = compare(run, seeds=(0, 1), command=["reparam"])
+    written = json.loads((tmp_path / "run" / "comparison.json").read_text())
+    assert written["arms"] == json.loads(json.dumps(content["arms"]))
+    assert [arm["name"] for arm in content["arms"]] == ["gpd lr 0.1", "baseline lr 0.1", "baseline lr 0.4"]
+    assert all(arm["seeds"] == [0, 1] and len(arm["student_top1"]) == 2 for arm in content["arms"])
+    best = max(arm["mean"] for arm in content["arms"][1:])
+    assert content["verdict"]["difference"] == pytest.approx(content["arms"][0]["mean"] - best)
+    assert (tmp_path / "run" / "baseline-lr-0.4-seed1" / "summary.json").is_file()
+    shown = capsys.readouterr().out
+    assert "GPD minus the best baseline" in shown and "seed 1  baseline lr 0.4" in shown
+
+
+def test_comparison_refuses(config):
+    with pytest.raises(InputError, match="leave out --baseline"):
+        compare(dataclasses.replace(config, baseline=True), seeds=(0,))
+    with pytest.raises(InputError, match=r"--seeds needs different numbers .* got \[1, 1\]"):
+        compare(config, seeds=(1, 1))
+
+
+def test_devices():
+    assert resolve_device("cpu") == torch.device("cpu")
+    with pytest.raises(InputError, match="--device abacus cannot be used here"):
+        resolve_device("abacus")
+
+
+def test_labels_stay_with_their_images(source):
+    assert isinstance(source, Arrays) and len(source.x_train) == len(source.y_train) == 200
