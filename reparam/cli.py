@@ -86,7 +86,8 @@ class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         import reparam
 
-        parser.exit(message=f"reparam {reparam.__version__}\n")
+        print(f"reparam {reparam.__version__}")
+        parser.exit()
 
 
 # Options -------------------------------------------------------------------------------------------------------------

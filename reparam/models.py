@@ -25,7 +25,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -274,9 +274,16 @@ def _looks_like_safetensors(path: Path) -> bool:
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path)
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        if "reparam_plan" not in metadata:
+            return load_file(path)
     except (SafetensorError, ValueError, OSError) as error:
         raise FormatError(f"{path} is truncated or not a safetensors file: {_brief(error)}") from error
+    raise FormatError(
+        f"{path} is a teacher; read it with reparam.load, or write its student first: "
+        f"reparam extract {path} MODEL --output student.safetensors"
+    )
 
 
 def _read_pickle(path: Path) -> Any:

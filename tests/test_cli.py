@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import reparam
 from reparam.cli import build_parser, main
@@ -220,6 +220,10 @@ def test_a_timm_model_needs_no_input_size(folder: Path, capsys: pytest.CaptureFi
             "no such weight file: none.pth",
         ),
         (["expand", "nets.py:Net", *SIZE, "--output", "t", "--checkpoint", "bad.safetensors"], "is truncated or not a"),
+        (
+            ["expand", "nets.py:Net", *SIZE, "--output", "t", "--checkpoint", "wide.safetensors"],
+            "is a teacher; .* extract",
+        ),
         (["extract", "bad.safetensors", "nets.py:Net", "--output", "s.safetensors"], "bad.safetensors"),
         (["extract", "none.safetensors", "nets.py:Net", "--output", "s.safetensors"], "none.safetensors"),
         (["check", "nets.py:Net", "nets.py:Net", "--ema"], "no checkpoint was given"),
@@ -230,6 +234,7 @@ def test_errors_are_one_line_and_exit_with_2(
     folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     (folder / "bad.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
+    save_file({"w": torch.zeros(2)}, folder / "wide.safetensors", metadata={"reparam_plan": "{}"})
     code, _, err = call(capsys, *arguments)
     assert code == 2
     assert re.search(message, err)

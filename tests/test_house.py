@@ -145,7 +145,7 @@ def test_modules_and_public_definitions_have_docstrings(path: Path) -> None:
 
 def test_the_api_page_lists_the_public_surface() -> None:
     page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
-    assert set(re.findall(r"^::: reparam\.(\w+)$", page, re.MULTILINE)) >= PUBLIC
+    assert set(re.findall(r"^::: reparam\.(\w+)$", page, re.MULTILINE)) >= set(reparam.__all__)
 
 
 # Sizes ---------------------------------------------------------------------------------------------------------------
@@ -153,7 +153,8 @@ def test_the_api_page_lists_the_public_surface() -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=NAMES)
 def test_files_stay_readable(path: Path) -> None:
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= 400
 
 
 # What is shipped -----------------------------------------------------------------------------------------------------

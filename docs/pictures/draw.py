@@ -72,7 +72,7 @@ def draw_map(picture: Picture, x: float, y: float, title: str, note: str, phi: t
 
 
 def replica_maps() -> Picture:
-    """Three maps: the default layout, a concatenation with a narrow value, and what a channel shuffle makes of the default."""
+    """Three maps: the default layout, a concatenation with a narrow value, and the default after a shuffle."""
     picture = Picture(860, 250, "Replica maps: every teacher channel points to the student channel that it copies")
     draw_map(picture, 70, 34, "output of a layer, ratio 2", "replicas side by side", (0, 0, 1, 1, 2, 2))
     draw_map(picture, 335, 34, "cat(a, x)", "a: 2 channels, widened; x: 1, narrow", (0, 0, 1, 1, 2))

@@ -80,8 +80,7 @@ class ParamMap:
         wide = value.detach()
         for dim in self.divide:
             wide = wide / self._divisor(dim, self.maps[dim].counts, wide)
-        for dim, replica_map in self.maps.items():
-            wide = repeat(wide, dim, replica_map)
+        wide = repeat_all(wide, self.maps)
         wide = wide.clone(memory_format=torch.contiguous_format) if wide.data_ptr() == value.data_ptr() else wide
         if amplitude and self.noise is not None and value.numel() and value.is_floating_point():
             self._add_noise(wide, amplitude * float(value.detach().float().square().mean().sqrt()), generator)
@@ -150,6 +149,19 @@ def repeat(value: Tensor, dim: int, replica_map: ReplicaMap) -> Tensor:
     if replica_map.innermost is not None:
         return value.repeat_interleave(replica_map.innermost, dim)
     return value.index_select(dim, torch.tensor(replica_map.index, device=value.device))
+
+
+def repeat_all(value: Tensor, maps: Maps) -> Tensor:
+    """Repeat the indices of several dimensions; one copy for all that have the default layout."""
+    plain = {dim: m.innermost for dim, m in maps.items() if m.innermost is not None}
+    shape = [n for d, size in enumerate(value.shape) for n in ((size, plain[d]) if d in plain else (size,))]
+    ones = [n for d, size in enumerate(value.shape) for n in ((size, 1) if d in plain else (size,))]
+    if plain:
+        value = value.reshape(ones).expand(shape).reshape([n * (plain.get(d) or 1) for d, n in enumerate(value.shape)])
+    for dim, replica_map in maps.items():
+        if dim not in plain:
+            value = repeat(value, dim, replica_map)
+    return value
 
 
 def first_replicas(value: Tensor, dim: int, replica_map: ReplicaMap) -> Tensor:

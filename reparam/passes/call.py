@@ -210,6 +210,19 @@ class Call:
                 raise Refuse(f"the result {leaf.describe()} does not follow the maps {leaf.maps}")
         return value
 
+    def default_layout(self) -> bool:
+        """Bring arguments whose replicas are in another order into the default layout; returns whether any was."""
+        changed = False
+        for place, holder in (("args", self.args), ("kwargs", self.kwargs)):
+            for path, leaf in list(walk(holder)):
+                if not isinstance(leaf, Pair):
+                    continue
+                for dim, replica_map in leaf.maps.items():
+                    if replica_map.innermost is None and replica_map.uniform is not None:
+                        self.align(At((place, *path)), dim, ReplicaMap.repeat(replica_map.size, replica_map.uniform))
+                        changed = True
+        return changed
+
     def contract_all(self) -> bool:
         """Bring every argument to student width; returns whether any was wide."""
         wide = False

@@ -200,7 +200,14 @@ class Planner:
         if entry is None:
             raise Refuse("no rule for this operator")
         call = Call(self, node, list(args), dict(kwargs), entry.signature)
-        value = entry.function(call, *args, **kwargs)
+        try:
+            value = entry.function(call, *args, **kwargs)
+        except Refuse:
+            # Values that went through shuffles may have a layout that the default one serves better.
+            call = Call(self, node, list(args), dict(kwargs), entry.signature)
+            if not call.default_layout():
+                raise
+            value = entry.function(call, *call.args, **call.kwargs)
         if call.edit:
             self.state.edits[node] = call.edit
         return value

@@ -41,7 +41,8 @@ class Teacher(fx.GraphModule):
         # In a tuple, so that it is no submodule: its tensors are on the meta device.
         self._skeleton = (skeleton,)
         self._outputs = outputs
-        self._view: Any = None
+        # In a tuple as well: the view's parameters are this module's, it must be no submodule either.
+        self._views: tuple[Any, ...] = ()
         self.graph = graph
 
     @property
@@ -67,17 +68,17 @@ class Teacher(fx.GraphModule):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Teacher:
         root = nn.Module()
-        mine = {k: v for k, v in vars(self).items() if k not in ("_graph", "_view", "_skeleton", "meta", "_code")}
+        mine = {k: v for k, v in vars(self).items() if k not in ("_graph", "_views", "_skeleton", "meta", "_code")}
         root.__dict__.update({k: copy.deepcopy(v, memo) for k, v in mine.items()})
         result = Teacher(root, _copy_graph(self._graph), self.plan, copy.deepcopy(self.skeleton), dict(self._outputs))
         result.meta.update({k: v for k, v in self.meta.items() if k != "reparam"})
         memo[id(self)] = result
-        if self._view is not None:
+        for old in self._views:
             from reparam.passes.view import student_view
 
             view = student_view(result)
-            view.train_modes(self._view.modes())
-            memo[id(self._view)] = view
+            view.train_modes(old.modes())
+            memo[id(old)] = view
         return result
 
     def __reduce__(self) -> Any:

@@ -7,6 +7,7 @@ time, values are freed after their last use.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from reparam.errors import VerificationError
-from reparam.ops.params import repeat
+from reparam.ops.maps import Maps, take_index
+from reparam.ops.params import repeat_all
 from reparam.passes.example import Inputs
 from reparam.passes.plan import Plan
 from reparam.passes.skeleton import canonical_names, named_tensors
@@ -93,10 +95,7 @@ def _compare(node: fx.Node, s: Any, t: Any, plan: Plan) -> NodeError:
     pairs = zip(_tensors(s), _tensors(t), strict=False)
     worst = 0.0
     for k, (a, b) in enumerate(pairs):
-        expected = a
-        for dim, replica_map in maps[k] if k < len(maps) else ():
-            expected = repeat(expected, dim, replica_map)
-        worst = max(worst, _difference(expected, b))
+        worst = max(worst, _difference(a, b, dict(maps[k]) if k < len(maps) else {}))
     operator_name = getattr(node.target, "__name__", str(node.target))
     error = NodeError(worst, node.name, operator_name, node.meta.get("module", ""), node.meta.get("source", ""))
     if not worst <= TOLERANCE:
@@ -113,19 +112,31 @@ def _tensors(value: Any) -> list[Tensor]:
     return [leaf for _path, leaf in walk(value) if isinstance(leaf, Tensor)]
 
 
-def _difference(expected: Tensor, found: Tensor) -> float:
-    if expected.shape != found.shape:
+def _difference(student: Tensor, teacher: Tensor, maps: Maps) -> float:
+    """Return max |teacher - repeated student| / max |student|; infinite where the shapes do not fit."""
+    if tuple(teacher.shape) != take_index(student.shape, maps):
         return float("inf")
-    if not (expected.is_floating_point() and found.is_floating_point()) or not expected.numel():
+    if not (student.is_floating_point() and teacher.is_floating_point()) or not student.numel():
         return 0.0  # bool and int may flip on a rounding; what they lead to is compared
-    scale = float(expected.abs().max())
-    difference = float((expected - found).abs().max())
-    if difference != difference or scale in (float("inf"),):
-        same = torch.equal(expected.isnan(), found.isnan())
+    plain = {d: m.innermost for d, m in maps.items() if m.innermost is not None}
+    expected = repeat_all(student, {d: m for d, m in maps.items() if d not in plain})
+    # Broadcast over the replicas instead of copying the student's value r times.
+    split = [n for d, size in enumerate(expected.shape) for n in ((size, plain[d]) if d in plain else (size,))]
+    ones = [n for d, size in enumerate(expected.shape) for n in ((size, 1) if d in plain else (size,))]
+    expected = expected.reshape(ones)
+    found = teacher.reshape(split)
+    scale, difference = _largest(expected), _largest(found - expected)
+    if not (math.isfinite(scale) and math.isfinite(difference)):
+        if not torch.equal(found.isfinite(), expected.isfinite().expand_as(found)):
+            return float("inf")
         expected, found = expected.nan_to_num(0, 0, 0), found.nan_to_num(0, 0, 0)
-        scale, difference = float(expected.abs().max()), float((expected - found).abs().max())
-        difference = difference if same else float("inf")
+        scale, difference = _largest(expected), _largest(found - expected)
     return difference / scale if scale > 0 else difference
+
+
+def _largest(value: Tensor) -> float:
+    low, high = torch.aminmax(value)
+    return max(-float(low), float(high)) if low == low else float("nan")
 
 
 Fetch = Callable[[str], Any]
@@ -145,7 +156,8 @@ def _varied(name: str, tensor: Tensor) -> Tensor:
     if not tensor.is_floating_point():
         return tensor.clone()
     value = tensor.double()
-    if value.numel() > 1 and bool((value == value.flatten()[0]).all()):
+    head = value.flatten()[:16]
+    if value.numel() > 1 and bool((head == head[0]).all()) and bool((value == head[0]).all()):
         generator = torch.Generator().manual_seed(sum(name.encode()))
         value = value + 0.25 * torch.rand(value.shape, generator=generator, dtype=torch.float64).to(value.device)
     return value

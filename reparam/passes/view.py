@@ -27,9 +27,9 @@ def student_view(teacher: nn.Module) -> StudentView:
         InputError: ``teacher`` was not made by reparam.
     """
     owner = require_teacher(teacher)
-    if owner._view is None:
-        owner._view = StudentView(owner)
-    view: StudentView = owner._view
+    if not owner._views:
+        owner._views = (StudentView(owner),)
+    view: StudentView = owner._views[0]
     return view
 
 
@@ -46,7 +46,7 @@ def extract(teacher: nn.Module) -> nn.Module:
     tensors = narrow_tensors(owner)
     with torch.no_grad():
         student = rebuild(owner.skeleton, lambda name, _meta: tensors[name].detach().clone())
-    modes = owner._view.modes() if owner._view is not None else None
+    modes = owner._views[0].modes() if owner._views else None
     for name, module in student.named_modules():
         module.training = modes[name] if modes is not None else _mode(owner, name)
     for name, parameter in student.named_parameters():

@@ -9,7 +9,8 @@ from reparam.passes.rules import (
     pointwise,
     query,
     reduction,
+    shapes,
     spatial,
 )
 
-__all__ = ["broadcast", "linear", "matmul", "movement", "norm", "pointwise", "query", "reduction", "spatial"]
+__all__ = ["broadcast", "linear", "matmul", "movement", "norm", "pointwise", "query", "reduction", "shapes", "spatial"]

@@ -7,7 +7,6 @@ map, which is then the result's map, or prove that there is none.
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -41,7 +40,7 @@ def move(call: Call) -> Value:
             outs.append(_run(call, *view(args)))
         except Exception as error:
             raise Refuse(f"the operator refuses the wider arguments ({type(error).__name__}: {error})") from error
-    found = iter([_find_maps(s, t) for s, t in zip(_tensors(outs[0]), _tensors(outs[1]), strict=True)])
+    found = iter([find_maps(s, t) for s, t in zip(_tensors(outs[0]), _tensors(outs[1]), strict=True)])
     return call.result(lambda _s, _t: next(found))
 
 
@@ -68,7 +67,7 @@ def _tensors(value: Any) -> list[Tensor]:
     return [leaf for _path, leaf in walk(value) if isinstance(leaf, Tensor)]
 
 
-def _find_maps(s: Tensor, t: Tensor) -> Maps:
+def find_maps(s: Tensor, t: Tensor) -> Maps:
     """Return the maps under which ``t`` is ``s``.
 
     Raises:
@@ -100,12 +99,16 @@ def _match_lines(s: np.ndarray[Any, Any], t: np.ndarray[Any, Any]) -> ReplicaMap
     """Find the student position of each teacher element along one line; repeated labels are dealt out in order."""
     if len(s) == len(t) and (s == t).all():
         return ReplicaMap.identity(len(s))
+    mine, theirs = np.argsort(s, kind="stable"), np.argsort(t, kind="stable")
+    labels, first, counts = np.unique(s[mine], return_index=True, return_counts=True)
+    wide_labels, wide_first, wide_counts = np.unique(t[theirs], return_index=True, return_counts=True)
+    at = np.minimum(np.searchsorted(labels, wide_labels), len(labels) - 1)
+    if not (labels[at] == wide_labels).all():
+        raise Refuse("the results hold different elements")
+    group = np.repeat(np.arange(len(wide_labels)), wide_counts)
+    replica = np.arange(len(t)) - wide_first[group]
     index = np.empty(len(t), dtype=np.int64)
-    for label in np.unique(t):
-        mine, theirs = np.flatnonzero(s == label), np.flatnonzero(t == label)
-        if not len(mine):
-            raise Refuse("the results hold different elements")
-        index[theirs] = mine[np.arange(len(theirs)) * len(mine) // len(theirs)]
+    index[theirs] = mine[first[at[group]] + replica * counts[at[group]] // wide_counts[group]]
     try:
         return ReplicaMap(index, len(s))
     except ValueError as error:
@@ -439,110 +442,7 @@ def _tensor_index(call: Call, x: Pair, items: list[Any]) -> Value:
     return call.result(maps)
 
 
-# -- other shapes --------------------------------------------------------------------------------------------------
-
-
-def reshape_sizes(x: Pair, sizes: Sequence[int]) -> list[list[int]]:
-    """Return candidates for the teacher's shape of a reshape of ``x`` to the student shape ``sizes``.
-
-    Input and output dimensions fall into segments of equal products; the widening of a segment can go to any one
-    output dimension of it.
-    """
-    candidates: list[list[int]] = [[]]
-    for ins, outs in _segments(list(x.s.shape), list(sizes)):
-        wide = math.prod(x.t.shape[d] for d in ins)
-        plain = math.prod(x.s.shape[d] for d in ins)
-        options: list[list[int]] = []
-        if wide == plain or not outs:
-            options = [[sizes[d] for d in outs]]
-        else:
-            for d in outs:
-                if sizes[d] and (sizes[d] * wide) % plain == 0:
-                    options.append([sizes[o] * wide // plain if o == d else sizes[o] for o in outs])
-        candidates = [[*head, *tail] for head in candidates for tail in options]
-    return candidates
-
-
-def _segments(ins: list[int], outs: list[int]) -> list[tuple[list[int], list[int]]]:
-    """Cut two shapes of equal product into the finest segments of equal products."""
-    segments: list[tuple[list[int], list[int]]] = []
-    i = j = 0
-    while i < len(ins) or j < len(outs):
-        a, b = [i] if i < len(ins) else [], [j] if j < len(outs) else []
-        i, j = i + len(a), j + len(b)
-        pa, pb = math.prod(ins[d] for d in a), math.prod(outs[d] for d in b)
-        while pa != pb:
-            if pa < pb and i < len(ins):
-                a, pa, i = [*a, i], pa * ins[i], i + 1
-            elif j < len(outs):
-                b, pb, j = [*b, j], pb * outs[j], j + 1
-            else:
-                break
-        segments.append((a, b))
-    return segments
-
-
-@rule(torch.reshape, "reshape", "view", torch.flatten, "flatten", torch.unflatten, "unflatten", "reshape_as", "view_as")
-def reshape(call: Call, input: Value, *sizes: Value, **kwargs: Value) -> Value:
-    """Another shape of the same elements in the same order; constant sizes that no longer fit are rewritten."""
-    if len(sizes) == 1 and isinstance(sizes[0], torch.dtype):
-        return call.result(dict(call.pair("input").maps))
-    for k, other in enumerate(sizes):
-        if isinstance(other, Free):
-            call.match(At(("args", 1 + k)), {})
-    x = call.pair("input")
-    if not any(
-        isinstance(leaf, (Pair, Int)) and (isinstance(leaf, Int) or leaf.maps)
-        for _p, leaf in walk([call.args, call.kwargs])
-    ):
-        return call.result()
-    try:
-        return move(call)
-    except Refuse as refusal:
-        if str(getattr(call.node.target, "__name__", call.node.target)) == "flatten":
-            raise
-        return _with_sizes(call, x, sizes, kwargs, refusal)
-
-
-def _with_sizes(call: Call, x: Pair, sizes: tuple[Value, ...], kwargs: dict[str, Value], refusal: Refuse) -> Value:
-    """Try the candidates for the teacher's sizes, most natural first."""
-    shape = list(call.s.shape)
-    for candidate in reshape_sizes(x, shape):
-        saved = (list(call.args), dict(call.kwargs), dict(call.edit.constants))
-        try:
-            _write_sizes(call, shape, candidate)
-            return move(call)
-        except Refuse:
-            call.args, call.kwargs, call.edit.constants = saved[0], saved[1], saved[2]
-    raise refusal
-
-
-def _write_sizes(call: Call, shape: list[int], candidate: list[int]) -> None:
-    """Replace the sizes that changed; an unchanged size stays as it is (it may be a batch or a resolution)."""
-    name = str(getattr(call.node.target, "__name__", call.node.target))
-    if name in ("reshape_as", "view_as"):
-        raise Refuse("the shape of another tensor")
-    if name == "unflatten":
-        dim = student(call.args[1]) % (len(shape) - len(call.args[2]) + 1)
-        places = [At(("args", 2, k)) for k in range(len(call.args[2]))]
-        pairs = list(zip(places, range(dim, dim + len(places)), strict=True))
-    elif "shape" in call.kwargs or "size" in call.kwargs:
-        key = "shape" if "shape" in call.kwargs else "size"
-        pairs = [(At(("kwargs", key, k)), k) for k in range(len(shape))]
-    elif isinstance(call.args[1], (tuple, list)):
-        pairs = [(At(("args", 1, k)), k) for k in range(len(shape))]
-    else:
-        pairs = [(At(("args", 1 + k)), k) for k in range(len(shape))]
-    for place, k in pairs:
-        current = call.get(place)
-        if student(current) == -1:
-            continue
-        if isinstance(current, Int) and current.t == candidate[k]:
-            continue
-        if isinstance(current, Int) and current.s == candidate[k]:
-            call.narrow_int(place)
-        elif student(current) != candidate[k]:
-            call.set(place, candidate[k])
+# -- repetition ----------------------------------------------------------------------------------------------------
 
 
 @rule("expand", torch.broadcast_to, "broadcast_to", "expand_as")
