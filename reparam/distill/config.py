@@ -84,6 +84,12 @@ class TrainConfig:
     )
     seed: int = _option(0, "run", "seed of initialisation, data order and augmentation", int)
     device: str = _option("auto", "run", "auto, cpu, cuda, cuda:1, ...")
+    threads: int | None = _option(
+        None,
+        "run",
+        "CPU threads (default: 1 for images up to 16 x 16, where more get in the way, else all)",
+        int,
+    )
     quiet: bool = _option(False, "run", "print nothing but errors", bool)
 
     def __post_init__(self) -> None:
@@ -112,7 +118,7 @@ def options() -> dict[str, tuple[Option, Any]]:
 
 
 def _check_ranges(config: TrainConfig) -> None:
-    at_least = {"limit_train": 1, "image_size": 1, "shift": 0, "workers": 0, "noise": 0, "kd_weight": 0}
+    at_least = {"limit_train": 1, "image_size": 1, "shift": 0, "workers": 0, "threads": 1, "noise": 0, "kd_weight": 0}
     at_least |= {
         "ratio": 1,
         "epochs": 1,

@@ -7,7 +7,8 @@ import importlib.metadata
 import math
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 import reparam.distill.models  # noqa: F401  (registers the networks with timm)
 from reparam.distill import evaluate, files, report
 from reparam.distill.config import TrainConfig
-from reparam.distill.data import Source, load_source
+from reparam.distill.data import Arrays, Source, load_source
 from reparam.distill.files import RunFolder, open_run_folder
 from reparam.distill.loaders import Loader, epoch_seed, make_loader, seed_everything
 from reparam.distill.methods.base import Method, Networks, Part, get_method
@@ -71,14 +72,15 @@ def train(
     started = time.perf_counter()
     config = config.resolved()
     files.check_output(config)
-    run, blank = _start(config, student, source, command)
-    try:
-        _checkpoint(run)
-        for _ in range(config.epochs):
-            _epoch(run)
-    finally:
-        run.progress.close()
-    summary = _finish(run, blank, started)
+    with _threads_restored():
+        run, blank = _start(config, student, source, command)
+        try:
+            _checkpoint(run)
+            for _ in range(config.epochs):
+                _epoch(run)
+        finally:
+            run.progress.close()
+        summary = _finish(run, blank, started)
     run.progress.say(report.closing(summary, run.folder.path))
     return summary
 
@@ -113,6 +115,7 @@ def _start(
     """Load and check everything; return the run, and an untrained copy of the student for the final check."""
     device = resolve_device(config.device)
     source = source if source is not None else load_source(config.data, config.limit_train)
+    _set_threads(config, source)
     seed_everything(config.seed)
     student = student if student is not None else build_student(config, len(source.classes), source.in_chans)
     student.to(device)
@@ -129,6 +132,21 @@ def _start(
     progress = report.Progress(config.epochs, loader.steps, config.quiet)
     progress.say(report.opening(config, loader.facts, _parameters(networks), str(device)))
     return Run(config, method, networks, loader, optimizer, scheduler, folder, progress), blank
+
+
+@contextmanager
+def _threads_restored() -> Iterator[None]:
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _set_threads(config: TrainConfig, source: Source) -> None:
+    tiny = isinstance(source, Arrays) and source.x_train[0, 0].numel() <= 16 * 16 and config.image_size is None
+    if config.threads or tiny:
+        torch.set_num_threads(config.threads or 1)
 
 
 def _epoch(run: Run) -> None:
@@ -251,6 +269,7 @@ def _finish(run: Run, blank: nn.Module, started: float) -> dict[str, Any]:
         "best_epoch": best["epoch"],
         "data": asdict(run.loader.facts),
         "device": str(device),
+        "threads": torch.get_num_threads(),
         "config": asdict(run.config),
         "versions": versions(),
     }

@@ -15,7 +15,7 @@ from reparam.passes.plan import ContractionPlan, EditPlan, LayerPlan, Plan
 from reparam.passes.planner import Planner, State, operator_name
 from reparam.passes.skeleton import named_tensors, skeleton_of
 from reparam.passes.teacher import Teacher
-from reparam.passes.tracer import Capture, trace
+from reparam.passes.tracer import Capture, key_of, trace
 from reparam.passes.validate import check_branches, check_model, check_noise, check_ratio, ignored_parameters
 from reparam.passes.values import Pair, walk
 from reparam.passes.verify import Rewritten, verify
@@ -105,14 +105,18 @@ def verify_plan(model: nn.Module, capture: Capture, made: Plan, inputs: Inputs, 
     device = next(model.parameters()).device
     if device.type == "meta":
         return 0.0
-    graph, steps, nodes = rewrite(capture.graph, made.edits)
-    steps = {name: step.to(device) for name, step in steps.items()}
     # MPS has no float64.
     where = torch.device("cpu") if device.type == "mps" else device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         real = random_like(inputs, where, torch.float64, batch)
-    return verify(model, capture, Rewritten(graph, steps, nodes), made, real).error
+    worst = 0.0
+    for part in [capture] if capture.train is None else [capture, capture.train]:
+        steps: dict[str, nn.Module] = {}
+        graph, nodes = rewrite(part.graph, made.edits, steps)
+        steps = {name: step.to(device) for name, step in steps.items()}
+        worst = max(worst, verify(model, part, Rewritten(graph, steps, nodes), made, real).error)
+    return worst
 
 
 def make_plan(model: nn.Module, capture: Capture, inputs: Inputs, ratio: int, ignored: dict[str, str]) -> Plan:
@@ -125,16 +129,16 @@ def make_plan(model: nn.Module, capture: Capture, inputs: Inputs, ratio: int, ig
         ratio=ratio,
         inputs=describe_inputs(*inputs),
         params=params,
-        edits={node.name: _freeze(edit) for node, edit in state.edits.items() if edit},
+        edits={key_of(node): _freeze(edit) for node, edit in state.edits.items() if edit},
         attributes=state.attributes,
         statistics=tuple(name for name in shapes if name in state.statistics),
         layers=tuple(_layers(model, capture, state, shapes, ignored)),
         contractions=tuple(
             ContractionPlan(c.node, c.operator, c.module, c.source, c.reason) for c in state.contractions.values()
         ),
-        value_maps=_value_maps(capture.graph, state),
+        value_maps=_value_maps(capture, state),
         leaves=capture.leaves,
-        graph=fingerprint(capture.graph),
+        graph=fingerprint(capture),
         parameters=sum(p.numel() for p in model.parameters()),
         wide_parameters=_wide_parameters(model, params),
         notes=tuple(_notes(capture)),
@@ -149,13 +153,13 @@ def _freeze(edit: Any) -> EditPlan:
     )
 
 
-def _value_maps(graph: fx.Graph, state: State) -> dict[str, Any]:
+def _value_maps(capture: Capture, state: State) -> dict[str, Any]:
     result = {}
-    for node in graph.nodes:
+    for node in (n for graph in capture.graphs for n in graph.nodes):
         leaves = [leaf for _path, leaf in walk(state.env.get(node)) if isinstance(leaf, (Pair, Tensor))]
         maps = tuple(tuple(leaf.maps.items()) if isinstance(leaf, Pair) else () for leaf in leaves)
         if any(maps):
-            result[node.name] = maps
+            result[key_of(node)] = maps
     return result
 
 
@@ -215,19 +219,18 @@ def _wide_parameters(model: nn.Module, params: dict[str, ParamMap]) -> int:
 
 
 def _notes(capture: Capture) -> list[str]:
-    notes = []
-    for path, mode in capture.baked.items():
-        notes.append(
-            f"{path or 'the network itself'} branches on its training flag: the teacher keeps the "
-            f"{'train' if mode else 'eval'} mode branch; put the model in the mode you need before expanding it"
-        )
-    return notes
+    if not capture.eval_only:
+        return []
+    return [
+        "the network branches on its training flag and its train mode cannot be recorded: the teacher keeps the eval "
+        "mode branch in both modes"
+    ]
 
 
-def fingerprint(graph: fx.Graph) -> str:
-    """Return a short digest of the structure of a graph: operators, names and constants."""
+def fingerprint(capture: Capture) -> str:
+    """Return a short digest of the structure of the captured graphs: operators, names and constants."""
     digest = hashlib.sha256()
-    for node in graph.nodes:
+    for node in (n for graph in capture.graphs for n in graph.nodes):
         digest.update(
             f"{node.op} {node.name} {operator_name(node)} {_stable(node.args)} {_stable(node.kwargs)}\n".encode()
         )

@@ -72,7 +72,7 @@ def load(path: str | os.PathLike[str], student: nn.Module) -> Teacher:
         raise FormatError(f"{path} holds a teacher of {plan.model}, the given student is a {type(student).__name__}")
     skeleton = skeleton_of(student)
     capture = trace(skeleton, *inputs_from_json(plan.inputs))
-    if fingerprint(capture.graph) != plan.graph:
+    if fingerprint(capture) != plan.graph:
         raise FormatError(
             f"{path}: the graph of the given student differs from the one that was expanded; build the student with "
             "the same arguments, and use the library versions that wrote the file"

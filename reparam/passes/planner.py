@@ -21,7 +21,7 @@ from reparam.passes.call import At, Call, NodeEdit
 from reparam.passes.meta import Unknown
 from reparam.passes.registry import find_rule
 from reparam.passes.skeleton import canonical_names
-from reparam.passes.tracer import Capture, trace_inner
+from reparam.passes.tracer import Capture, key_of, trace_inner
 from reparam.passes.values import (
     Free,
     Int,
@@ -109,7 +109,8 @@ class Planner:
         self.from_input: set[fx.Node] = set()
         self.forcing: set[fx.Node] = set()
         self.state = State()
-        self._scan(capture.graph)
+        for graph in capture.graphs:
+            self._scan(graph)
 
     # -- the fixpoint --------------------------------------------------------------------------------------------
 
@@ -118,8 +119,9 @@ class Planner:
         for _attempt in range(8 + 2 * len(self.names)):
             self.state = State()
             try:
-                for node in self.capture.graph.nodes:
-                    self.visit(node)
+                for graph in self.capture.graphs:
+                    for node in graph.nodes:
+                        self.visit(node)
             except Restart:
                 continue
             return self.state
@@ -216,14 +218,14 @@ class Planner:
         call = Call(self, node, list(args), dict(kwargs), _ANY)
         if call.contract_all():
             self.state.contractions[node] = Contraction(
-                node.name, operator_name(node), node.meta.get("module", ""), node.meta.get("source", ""), reason
+                key_of(node), operator_name(node), node.meta.get("module", ""), node.meta.get("source", ""), reason
             )
         if call.edit:
             self.state.edits[node] = call.edit
         return narrow_value(node.meta["val"])
 
     def _output(self, node: fx.Node, args: Value) -> Value:
-        if node.graph is not self.capture.graph:
+        if node.graph not in self.capture.graphs:
             return args[0]
         call = Call(self, node, list(args), {}, _ANY)
         call.contract_all()
@@ -295,6 +297,18 @@ class Planner:
         pair = Pair(value, value.new_empty(known.wide_shape), known.maps)
         self.state.env[node] = pair
         return pair
+
+    def assign_vector(self, source: Any, replica_map: ReplicaMap) -> None:
+        """Give a unit vector (of a power iteration) a map: its norm stays 1, so it is divided by sqrt(r)."""
+        name = self.name_of(source) if isinstance(source, fx.Node) else None
+        if name is None:
+            raise Refuse("a vector of the power iteration is no buffer")
+        param_map = ParamMap((replica_map.size,), {0: replica_map}, (0,), power=0.5)
+        if self.state.params.setdefault(name, param_map) != param_map:
+            raise Refuse("a vector of the power iteration is used in two layouts")
+        self.state.linear[name] = True
+        value = source.meta["val"]
+        self.state.env[source] = Pair(value, value.new_empty(param_map.wide_shape), param_map.maps)
 
     def set_param(self, name: str, param_map: ParamMap) -> None:
         """Replace the map of a parameter (rules whose buffers scale in another way)."""

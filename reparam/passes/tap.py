@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import fx, nn
 
 from reparam.errors import InputError, near_matches
+from reparam.passes.program import Program
 from reparam.passes.teacher import Teacher
 from reparam.passes.view import StudentView
 
@@ -72,40 +73,29 @@ class _GraphTap(nn.Module):
     def __init__(self, teacher: Teacher, names: list[str]) -> None:
         super().__init__()
         self.teacher = teacher
-        graph = fx.Graph()
-        mapping: dict[fx.Node, fx.Node] = {}
-        output = graph.graph_copy(teacher.graph, mapping)
-        nodes = {old.name: new for old, new in mapping.items()}
-        taps = {}
-        for name in names:
-            calls = teacher._outputs.get(name)
-            if not calls:
-                raise InputError(
-                    f"tap: {name!r} is not called in this forward pass, or lies inside a module kept whole"
-                )
-            taps[name] = _nodes(calls[-1], nodes)
-        graph.output((output, taps))
-        # A graph over the teacher's own attributes, without registering them a second time.
-        self._program = (_Program(teacher, graph),)
+        # Programs over the teacher's own attributes, without registering them a second time.
+        self._functions = tuple(_tapped(program, names) for program in teacher._programs)
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         """Return output and values."""
-        result: tuple[Any, dict[str, Any]] = self._program[0](*args, **kwargs)
+        function = self._functions[-1 if self.teacher.training else 0]
+        result: tuple[Any, dict[str, Any]] = function(self.teacher, *args, **kwargs)
         return result
 
 
-class _Program:
-    """Generated code of a graph, run on another module's attributes."""
-
-    def __init__(self, owner: nn.Module, graph: fx.Graph) -> None:
-        self.owner = owner
-        code = graph.python_code("self")
-        scope = dict(code.globals)
-        exec(compile(code.src, "<reparam tap>", "exec"), scope)  # fx generates its forward in the same way
-        self.function = scope["forward"]
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function(self.owner, *args, **kwargs)
+def _tapped(program: Program, names: list[str]) -> Callable[..., Any]:
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(program.graph, mapping)
+    nodes = {old.name: new for old, new in mapping.items()}
+    taps = {}
+    for name in names:
+        calls = program.outputs.get(name)
+        if not calls:
+            raise InputError(f"tap: {name!r} is not called in this forward pass, or lies inside a module kept whole")
+        taps[name] = _nodes(calls[-1], nodes)
+    graph.output((output, taps))
+    return Program(graph).function()
 
 
 def _nodes(value: Any, nodes: dict[str, fx.Node]) -> Any:

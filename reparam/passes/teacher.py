@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 from torch import fx, nn
 
 from reparam.errors import InputError
 from reparam.passes.plan import Plan
+from reparam.passes.program import Program
 
+_NOT_COPIED = ("_graph", "_views", "_skeleton", "_programs", "meta", "_code")
 _METHODS = ("no_weight_decay", "no_weight_decay_keywords", "group_matcher")
 
 
@@ -21,9 +24,7 @@ class Teacher(fx.GraphModule):
     the student's own norm statistics.
     """
 
-    def __init__(
-        self, root: nn.Module, graph: fx.Graph, plan: Plan, skeleton: nn.Module, outputs: dict[str, Any]
-    ) -> None:
+    def __init__(self, root: nn.Module, programs: Sequence[Program], plan: Plan, skeleton: nn.Module) -> None:
         super().__init__(nn.Module(), fx.Graph(), class_name=f"{plan.model}Teacher")
         # Adopt the whole tree: fx would copy only what the graph refers to, and drop buffers and train flags.
         for name, value in vars(root).items():
@@ -40,10 +41,23 @@ class Teacher(fx.GraphModule):
         self.meta["reparam"] = plan
         # In a tuple, so that it is no submodule: its tensors are on the meta device.
         self._skeleton = (skeleton,)
-        self._outputs = outputs
+        # One program; or two, for eval and train mode, where the student's own forward branches on its mode.
+        self._programs = tuple(programs)
         # In a tuple as well: the view's parameters are this module's, it must be no submodule either.
         self._views: tuple[Any, ...] = ()
-        self.graph = graph
+        self.graph = self._programs[0].graph
+
+    def recompile(self) -> Any:
+        """Generate the forward again; it follows the train mode where there are two programs."""
+        code = super().recompile()
+        if len(self.__dict__.get("_programs", ())) > 1:
+            in_eval, in_train = type(self).forward, self._programs[1].function()
+
+            def forward(module: Teacher, *args: Any, **kwargs: Any) -> Any:
+                return (in_train if module.training else in_eval)(module, *args, **kwargs)
+
+            type(self).forward = forward  # type: ignore[method-assign]
+        return code
 
     @property
     def plan(self) -> Plan:
@@ -68,9 +82,9 @@ class Teacher(fx.GraphModule):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Teacher:
         root = nn.Module()
-        mine = {k: v for k, v in vars(self).items() if k not in ("_graph", "_views", "_skeleton", "meta", "_code")}
+        mine = {k: v for k, v in vars(self).items() if k not in _NOT_COPIED}
         root.__dict__.update({k: copy.deepcopy(v, memo) for k, v in mine.items()})
-        result = Teacher(root, _copy_graph(self._graph), self.plan, copy.deepcopy(self.skeleton), dict(self._outputs))
+        result = Teacher(root, [p.copy() for p in self._programs], self.plan, copy.deepcopy(self.skeleton))
         result.meta.update({k: v for k, v in self.meta.items() if k != "reparam"})
         memo[id(self)] = result
         for old in self._views:
@@ -88,14 +102,6 @@ class Teacher(fx.GraphModule):
 
     def __copy__(self) -> Teacher:
         return copy.deepcopy(self)
-
-
-def _copy_graph(graph: fx.Graph) -> fx.Graph:
-    new = fx.Graph()
-    mapping: dict[fx.Node, fx.Node] = {}
-    output = new.graph_copy(graph, mapping)
-    new.output(output)
-    return new
 
 
 def statistics_tree(model: nn.Module, names: tuple[str, ...]) -> nn.Module:

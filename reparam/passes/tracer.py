@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from reparam.errors import CaptureError
+from reparam.passes.intrinsics import intrinsics
 from reparam.passes.meta import Unknown, run_module_on_meta, run_on_meta
 from reparam.passes.skeleton import named_tensors, to_meta
 
@@ -53,15 +54,22 @@ class Capture:
         root: the meta skeleton that the graph's targets refer to.
         outputs: module path -> the values that calls of it returned (structures of nodes), in call order.
         leaves: paths of the modules that are leaves, with the reason.
-        baked: paths of modules whose forward branches on the training flag at a place where no leaf is possible;
-            they were recorded in the mode they were in.
+        train: the forward pass in train mode, where the root's own forward branches on its training flag; this
+            one is then the eval mode's.
+        eval_only: the root branches on its training flag and only its eval mode can be recorded.
     """
 
     graph: fx.Graph
     root: nn.Module
     outputs: dict[str, list[Any]] = field(default_factory=dict)
     leaves: dict[str, str] = field(default_factory=dict)
-    baked: dict[str, bool] = field(default_factory=dict)
+    train: Capture | None = None
+    eval_only: bool = False
+
+    @property
+    def graphs(self) -> list[fx.Graph]:
+        """The graphs of all modes."""
+        return [self.graph] if self.train is None else [self.graph, self.train.graph]
 
 
 def trace(root: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Capture:
@@ -74,12 +82,37 @@ def trace(root: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Ca
     try:
         graph = tracer.trace(root)
     except Exception as error:
-        tracer = ModelTracer(args, kwargs, bake_root=True)
+        return _trace_modes(root, args, kwargs, error)
+    return Capture(graph, root, tracer.outputs, tracer.leaves)
+
+
+def _trace_modes(root: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], error: Exception) -> Capture:
+    """Record a root whose own forward has control flow: once per train mode where that decides, sizes guarded."""
+    captures = []
+    for mode in (False, True):
+        tracer = ModelTracer(args, kwargs, root_training=mode)
         try:
             graph = tracer.trace(root)
-        except Exception:
-            raise CaptureError(_untraceable(root, error)) from error
-    return Capture(graph, root, tracer.outputs, tracer.leaves, tracer.baked)
+        except Exception as again:
+            if captures:
+                break  # the train mode branch alone cannot be recorded: the teacher says so when it gets there
+            raise CaptureError(_untraceable(root, error)) from again
+        captures.append(Capture(graph, root, tracer.outputs, tracer.leaves))
+        if not tracer.read_root_mode:
+            return captures[0]
+    if len(captures) == 2:
+        captures[0].train = captures[1]
+        for node in captures[1].graph.nodes:
+            node.meta["key"] = f"train:{node.name}"
+    else:
+        captures[0].eval_only = True
+    return captures[0]
+
+
+def key_of(node: fx.Node) -> str:
+    """Return the name of a node in a plan: unique over the graphs of both train modes."""
+    key: str = node.meta.get("key", node.name)
+    return key
 
 
 def trace_inner(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], training: bool) -> fx.Graph:
@@ -174,6 +207,13 @@ def _is_assert(frame: FrameType) -> bool:
 _TRACERS: list[ModelTracer] = []
 
 
+def _restore(module: nn.Module, state: dict[str, Any]) -> None:
+    """Undo what traced code did to the attributes of a module, but keep the constants that fx stored there."""
+    constants = {k: v for k, v in vars(module).items() if k.startswith("_tensor_constant")}
+    vars(module).clear()
+    vars(module).update({**state, **constants})
+
+
 @contextlib.contextmanager
 def _training_property() -> Iterator[None]:
     """While tracing, ``module.training`` asks the innermost tracer instead of the instance."""
@@ -201,7 +241,8 @@ class ModelTracer(fx.Tracer):
         example_args: positional inputs of the root on the meta device.
         example_kwargs: keyword inputs.
         training: for the analysis of a leaf: the train mode; sizes and branches are then concrete too.
-        bake_root: read the root's own training flag, and sizes in its own control flow, as constants.
+        root_training: what the root's own training flag is; sizes in its own control flow are then constants too,
+            with a guard.
     """
 
     def __init__(
@@ -209,15 +250,15 @@ class ModelTracer(fx.Tracer):
         example_args: Sequence[Any] = (),
         example_kwargs: Mapping[str, Any] | None = None,
         training: bool | None = None,
-        bake_root: bool = False,
+        root_training: bool | None = None,
     ) -> None:
         super().__init__()
         self.proxy_buffer_attributes = True
         self.example_args, self.example_kwargs = example_args, dict(example_kwargs or {})
-        self.fixed_training, self.bake_root = training, bake_root
+        self.fixed_training, self.root_training = training, root_training
+        self.read_root_mode = False
         self.outputs: dict[str, list[Any]] = {}
         self.leaves: dict[str, str] = {}
-        self.baked: dict[str, bool] = {}
         self.path: list[str] = []
         self._evaluating = 0
         self._cache: dict[str, fx.Proxy] = {}
@@ -230,15 +271,23 @@ class ModelTracer(fx.Tracer):
         self._names = {}
         for name, tensor in named_tensors(root):
             self._names.setdefault(id(tensor), name)
+        states = [(module, dict(vars(module))) for module in root.modules()]
         _TRACERS.append(self)
         try:
-            with _training_property():
+            with _training_property(), intrinsics(self._intrinsic):
                 graph = super().trace(root, concrete_args)
         finally:
             _TRACERS.pop()
+            for module, state in states:
+                _restore(module, state)
         functionalize(graph)
         _drop_unused(graph)
         return graph
+
+    def _intrinsic(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        if self._evaluating or self is not _TRACERS[-1]:
+            return NotImplemented
+        return self.create_proxy("call_function", function, args, {})
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         """Make one placeholder per example input that holds a tensor; other inputs are constants."""
@@ -316,9 +365,9 @@ class ModelTracer(fx.Tracer):
         if self._evaluating or self.submodule_paths is None or module not in self.submodule_paths:
             return actual
         path = self.submodule_paths[module]
-        if self.bake_root and path == "":
-            self.baked[path] = actual
-            return actual
+        if self.root_training is not None and path == "":
+            self.read_root_mode = True
+            return self.root_training
         return self.create_proxy("get_attr", f"{path}.training" if path else "training", (), {})
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
@@ -351,8 +400,7 @@ class ModelTracer(fx.Tracer):
         except Exception as error:
             self._rollback(mark)
             # Code that failed half way may have left symbolic values in the module's attributes.
-            vars(m).clear()
-            vars(m).update(state)
+            _restore(m, state)
             self.leaves[path] = f"{type(error).__name__}: {error}"
             result = self.create_proxy("call_module", path, args, kwargs)
             if isinstance(result.node.meta["val"], Unknown):
@@ -394,7 +442,7 @@ class ModelTracer(fx.Tracer):
     def concrete(self, proxy: fx.Proxy) -> Any:
         """Answer with the example's value where that is allowed."""
         value = proxy.node.meta.get("val")
-        allowed = self.fixed_training is not None or (self.bake_root and not self.path)
+        allowed = self.fixed_training is not None or (self.root_training is not None and not self.path)
         if not allowed or isinstance(value, (Tensor, Unknown)):
             raise fx.proxy.TraceError(f"control flow depends on the value of {proxy.node.target}")
         if self.fixed_training is None:

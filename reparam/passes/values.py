@@ -126,6 +126,8 @@ def join(s: Any, t: Any, maps: Callable[[Tensor, Tensor], Maps]) -> Value:
             raise Refuse(f"{len(s)} values become {len(t)} in the teacher")
         items = [join(a, b, maps) for a, b in zip(s, t, strict=True)]
         return items if type(s) is list else tuple(items)
+    if isinstance(s, bool) and s != t:
+        raise Refuse("a condition on sizes differs")
     if isinstance(s, (int, float)) and not isinstance(s, bool) and s != t:
         return Int(s, t)
     return s

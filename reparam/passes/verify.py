@@ -24,7 +24,7 @@ from reparam.ops.params import repeat_all
 from reparam.passes.example import Inputs
 from reparam.passes.plan import Plan
 from reparam.passes.skeleton import canonical_names, named_tensors
-from reparam.passes.tracer import Capture
+from reparam.passes.tracer import Capture, key_of
 from reparam.passes.values import walk
 
 TOLERANCE = 1e-9
@@ -91,7 +91,7 @@ def _has_tensor(value: Any) -> bool:
 
 
 def _compare(node: fx.Node, s: Any, t: Any, plan: Plan) -> NodeError:
-    maps = plan.value_maps.get(node.name, ())
+    maps = plan.value_maps.get(key_of(node), ())
     pairs = zip(_tensors(s), _tensors(t), strict=False)
     worst = 0.0
     for k, (a, b) in enumerate(pairs):

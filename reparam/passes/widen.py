@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,9 +10,10 @@ from torch import Tensor, fx, nn
 
 from reparam.ops.steps import Step
 from reparam.passes.plan import STATISTICS, EditPlan, Plan
+from reparam.passes.program import Program
 from reparam.passes.skeleton import canonical_names, module_and_attribute, rebuild
 from reparam.passes.teacher import Teacher, statistics_tree
-from reparam.passes.tracer import Capture
+from reparam.passes.tracer import Capture, key_of
 
 STEPS = "reparam_steps"
 
@@ -35,30 +36,39 @@ def build_teacher(model: nn.Module, capture: Capture, plan: Plan, noise: float) 
             root.register_buffer(name, value, persistent=False)
     if plan.statistics:
         root.add_module(STATISTICS, statistics_tree(model, plan.statistics))
-    graph, steps, nodes = rewrite(capture.graph, plan.edits)
+    steps: dict[str, nn.Module] = {}
+    programs = []
+    for part in [capture] if capture.train is None else [capture, capture.train]:
+        graph, nodes = rewrite(part.graph, plan.edits, steps)
+        programs.append(Program(graph, {path: _renamed(calls, nodes) for path, calls in part.outputs.items()}))
     if steps:
         holder = nn.Module()
         for name, module in steps.items():
             holder.add_module(name, module.to(_device(model)))
         holder.train(model.training)
         root.add_module(STEPS, holder)
-    outputs = {path: _renamed(calls, nodes) for path, calls in capture.outputs.items()}
-    return Teacher(root, graph, plan, capture.root, outputs)
+    return Teacher(root, programs, plan, capture.root)
 
 
 def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def rewrite(graph: fx.Graph, edits: Any) -> tuple[fx.Graph, dict[str, nn.Module], dict[fx.Node, fx.Node]]:
+def rewrite(
+    graph: fx.Graph, edits: Mapping[str, EditPlan], steps: dict[str, nn.Module]
+) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
     """Copy a graph with the edits of a plan.
 
+    Args:
+        graph: the student's.
+        edits: node key -> edit.
+        steps: the modules of the inserted steps are added here.
+
     Returns:
-        The new graph, the modules of the inserted steps, and the new node of every old one (behind its out steps).
+        The new graph, and the new node of every old one (behind its out steps).
     """
     new = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
-    steps: dict[str, nn.Module] = {}
     shared: dict[Any, fx.Node] = {}
 
     def insert(value: fx.Node, todo: tuple[Step, ...]) -> fx.Node:
@@ -73,7 +83,7 @@ def rewrite(graph: fx.Graph, edits: Any) -> tuple[fx.Graph, dict[str, nn.Module]
         return value
 
     for node in graph.nodes:
-        edit: EditPlan = edits.get(node.name) or EditPlan()
+        edit: EditPlan = edits.get(key_of(node)) or EditPlan()
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])
         holder: dict[str, Any] = {"args": _mutable(args), "kwargs": _mutable(kwargs)}
         for path, value in edit.constants:
@@ -87,7 +97,7 @@ def rewrite(graph: fx.Graph, edits: Any) -> tuple[fx.Graph, dict[str, nn.Module]
         copied = new.create_node(node.op, node.target, args, kwargs, node.name, node.type)
         copied.meta.update({k: v for k, v in node.meta.items() if k in ("module", "source")})
         env[node] = insert(copied, edit.out)
-    return new, steps, env
+    return new, env
 
 
 def _mutable(value: Any) -> Any:

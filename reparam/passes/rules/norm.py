@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from reparam.ops.maps import Maps
-from reparam.passes.call import Call
+from reparam.ops.maps import Maps, ReplicaMap
+from reparam.passes.call import Call, counts_scale
+from reparam.passes.intrinsics import spectral_normalize
 from reparam.passes.registry import rule
-from reparam.passes.values import Free, Refuse, Value, student
+from reparam.passes.values import Free, Pair, Refuse, Value, student
 
 
 def _per_channel(call: Call, maps: Maps, *names: str) -> None:
@@ -132,8 +136,6 @@ def local_response_norm(call: Call, input: Value, *args: Value, **kwargs: Value)
 @rule(torch._weight_norm)
 def weight_norm(call: Call, v: Value, g: Value, dim: Value = 0) -> Value:
     """``g v / ||v||``, the norm over all dimensions but ``dim``: over r replicas sqrt(r) times the student's."""
-    from reparam.passes.call import counts_scale
-
     if isinstance(call.get("v"), Free):
         raise Refuse("both parameters are free")
     x = call.pair("v")
@@ -150,3 +152,42 @@ def weight_norm(call: Call, v: Value, g: Value, dim: Value = 0) -> Value:
         if d in x.maps:
             call.scale_out(counts_scale(x.maps[d], d, 0.5))
     return value
+
+
+@rule(spectral_normalize)
+def spectral(
+    call: Call,
+    weight: Value,
+    u: Value,
+    v: Value,
+    training: Value,
+    dim: Value,
+    iterations: Value,
+    eps: Value,
+    u_first: Value,
+) -> Value:
+    """Spectral norm: over r_o x r_i replicas the largest singular value is sqrt(r_o r_i) times the student's."""
+    w = call.pair("weight")
+    if any(m.uniform is None for m in w.maps.values()):
+        raise Refuse("a spectral norm over unequally many replicas")
+    rest = [d for d in range(w.ndim) if d != dim]
+    columns = np.arange(math.prod(w.s.shape[d] for d in rest)).reshape([w.s.shape[d] for d in rest])
+    for k, d in enumerate(rest):
+        if d in w.maps:
+            columns = columns.take(w.maps[d].index, axis=k)
+    rows = w.maps.get(dim) or ReplicaMap.identity(w.s.shape[dim])
+    for name, index, phi in (
+        ("u", 1, rows),
+        ("v", 2, ReplicaMap(columns.reshape(-1), columns.size // _product(w, rest))),
+    ):
+        call.planner.assign_vector(call.node.args[index], phi)
+        call.planner.note_statistic(call.node.args[index])
+        call.demand(name, {})
+    value = call.result(dict(w.maps))
+    for d, m in w.maps.items():
+        call.scale_out(counts_scale(m, d, 0.5))
+    return value
+
+
+def _product(w: Pair, dims: list[int]) -> int:
+    return math.prod(w.maps[d].uniform or 1 for d in dims if d in w.maps)

@@ -1,0 +1,198 @@
+"""Student and teacher compute the same function: every node, other sizes, float32, train mode, several ratios."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from zoo import BY_NAME, ZOO, Entry, built, error, sample, tensors
+
+import reparam
+from reparam.ops.params import repeat
+from reparam.passes.expand import capture_model, make_plan, verify_plan
+from reparam.passes.plan import Plan
+from reparam.passes.teacher import Teacher
+from reparam.passes.widen import build_teacher
+
+EPS32 = torch.finfo(torch.float32).eps
+
+
+def marked(entries: list[Entry]) -> list[Any]:
+    return [pytest.param(e, id=e.name, marks=[pytest.mark.thorough] if e.slow else [pytest.mark.slow]) for e in entries]
+
+
+class Case:
+    """A student, its plan, and teachers made from it."""
+
+    def __init__(self, entry: Entry, ratio: int = 2) -> None:
+        self.entry, self.model = entry, built(entry)
+        self.capture, self.inputs = capture_model(self.model, sample(entry.shape))
+        self.plan: Plan = make_plan(self.model, self.capture, self.inputs, ratio, {})
+
+    def node_error(self) -> float:
+        return verify_plan(self.model, self.capture, self.plan, self.inputs, None)
+
+    def teacher(self, model: nn.Module, seed: int = 0) -> Teacher:
+        torch.manual_seed(seed)
+        return build_teacher(model, self.capture, self.plan, 0.25)
+
+
+@pytest.fixture(scope="module", params=marked(ZOO))
+def case(request: pytest.FixtureRequest) -> Iterator[Case]:
+    yield Case(request.param)
+
+
+def test_every_node(case: Case) -> None:
+    assert case.node_error() <= 1e-12
+
+
+def test_coverage(case: Case) -> None:
+    entry = case.entry
+    narrow = {layer.name: layer.reason for layer in case.plan.layers if not layer.widened}
+    assert case.plan.coverage >= entry.coverage, narrow
+    assert entry.coverage >= 0.95
+    assert (entry.coverage == 1.0) == (entry.reason == "")
+    assert all(narrow.values())
+
+
+def test_another_batch_size_and_resolution(case: Case) -> None:
+    teacher, x = case.teacher(case.model), sample(case.entry.other)
+    with torch.no_grad():
+        reference = case.model(x)
+        assert error(reference, teacher(x)) <= 1e-12
+        assert error(reference, reparam.student_view(teacher)(x)) <= 1e-12
+    assert max(float(t.std()) for t in tensors(reference)) > 0
+
+
+def test_the_weights_did_change(case: Case) -> None:
+    one, two = (case.teacher(case.model, seed).state_dict() for seed in (0, 1))
+    student = case.model.state_dict()
+    assert any(one[name].shape != student[name].shape for name in student)
+    changed = [name for name in student if not torch.equal(one[name], two[name])]
+    linear = {layer.name for layer in case.plan.layers}
+    assert changed or not any(m.noise for m in case.plan.params.values())
+    assert set(changed) <= {*linear, *(n for n, m in case.plan.params.items() if m.noise)}
+
+
+def test_float32(case: Case) -> None:
+    single, x = copy.deepcopy(case.model).float(), sample(case.entry.shape, seed=2)
+    teacher = case.teacher(single)
+    with torch.no_grad():
+        # The same float32 weights in float64.
+        reference = copy.deepcopy(single).double()(x.float().double())
+        own = error(reference, single(x.float()))
+        assert error(reference, teacher(x.float())) <= 4 * max(own, 4 * EPS32)
+
+
+# Ratios ---------------------------------------------------------------------------------------------------------------
+
+FEW = "resnet18 mobilenetv3_small_050 regnetx_002 ghostnet_050 convnext_atto shufflenet_v2_x0_5 nfnet resnetv2_bit".split()
+SMALL = "net1d net3d unet mlp weight_norm hook_weight_norm spectral_norm tied".split()
+
+
+@pytest.mark.parametrize("ratio", [3, 4])
+@pytest.mark.parametrize("name", SMALL)
+def test_ratios(name: str, ratio: int) -> None:
+    check_ratio(name, ratio)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "ratio"), [(name, 3 + k % 2) for k, name in enumerate(FEW)])
+def test_ratios_of_whole_networks(name: str, ratio: int) -> None:
+    check_ratio(name, ratio)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("ratio", [3, 4])
+@pytest.mark.parametrize("name", [e.name for e in ZOO if e.name not in SMALL])
+def test_ratios_of_all(name: str, ratio: int) -> None:
+    check_ratio(name, ratio)
+
+
+def check_ratio(name: str, ratio: int) -> None:
+    case = Case(BY_NAME[name], ratio)
+    assert case.node_error() <= 1e-12
+    assert case.plan.coverage >= case.entry.coverage
+    x = sample(case.entry.other)
+    with torch.no_grad():
+        assert error(case.model(x), case.teacher(case.model)(x)) <= 1e-12
+
+
+def test_ratio_1_changes_nothing() -> None:
+    case = Case(BY_NAME["unet"], ratio=1)
+    teacher, x = case.teacher(case.model), sample(case.entry.shape)
+    assert all(torch.equal(t, teacher.state_dict()[name]) for name, t in case.model.state_dict().items())
+    with torch.no_grad():
+        assert torch.equal(case.model(x), teacher(x))
+
+
+# Train mode -----------------------------------------------------------------------------------------------------------
+
+
+def without_drops(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        for name in ("p", "drop_prob", "drop_rate", "drop_path_rate"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    return model
+
+
+def check_train_mode(entry: Entry) -> None:
+    """Outputs and running statistics after two training forwards, of the student, the teacher and the view."""
+    model = without_drops(built(entry)).train()
+    capture, inputs = capture_model(model, sample(entry.shape))
+    made = make_plan(model, capture, inputs, 2, {})
+    torch.manual_seed(0)
+    teacher = build_teacher(model, capture, made, 0.25)
+    view = reparam.student_view(teacher)
+    assert teacher.training and view.training
+    shape = (entry.batch, *entry.shape[1:])
+    with torch.no_grad():
+        for seed in (1, 2):
+            x = sample(shape, seed)
+            reference = model(x)
+            assert error(reference, teacher(x)) <= 1e-10
+            assert error(reference, view(x)) <= 1e-10
+    # A power iteration draws on its own vectors; they are buffers as well.
+    own = view.state_dict()
+    wide = teacher.state_dict()
+    for name, buffer in model.named_buffers():
+        if not buffer.is_floating_point():
+            assert torch.equal(buffer, own[name]), name
+            continue
+        assert error(buffer, own[name]) <= 1e-10, name
+        if name in made.statistics:
+            expected = buffer
+            for dim, replica_map in made.params[name].maps.items() if name in made.params else ():
+                expected = repeat(expected, dim, replica_map)
+            assert error(expected, wide[name]) <= 1e-10, name
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_train_mode(name: str) -> None:
+    check_train_mode(BY_NAME[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [e.name for e in ZOO if e.batch and e.name not in SMALL])
+def test_train_mode_of_whole_networks(name: str) -> None:
+    check_train_mode(BY_NAME[name])
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", [e.name for e in ZOO if not e.batch])
+def test_train_mode_of_all(name: str) -> None:
+    check_train_mode(BY_NAME[name]._replace(batch=64))
+
+
+def test_a_wrong_weight_is_seen() -> None:
+    """The comparison is not blind: one changed weight of the teacher is an error."""
+    case = Case(BY_NAME["unet"])
+    teacher, x = case.teacher(case.model), sample(case.entry.shape)
+    with torch.no_grad():
+        next(p for p in teacher.parameters() if p.dim() == 4)[0, 0, 0, 0] += 0.1
+        assert error(case.model(x), teacher(x)) > 1e-6
