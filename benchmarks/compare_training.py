@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import os
 import platform
 import subprocess
 import sys
@@ -65,7 +66,7 @@ def _provenance(kind: str, device: str) -> dict[str, Any]:
 def _device(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return f"{platform.machine()} CPU, {os.cpu_count()} cores"
 
 
 def _only_kind(word: str, kind: str) -> str:
@@ -74,7 +75,8 @@ def _only_kind(word: str, kind: str) -> str:
 
 def _without_paths(content: dict[str, Any], kind: str) -> dict[str, Any]:
     config = {key: value for key, value in content["config"].items() if key not in ("output", "checkpoint")}
-    return {**content, "config": {**config, "data": kind}, "command": None}
+    measured = {key: value for key, value in content.items() if key not in ("command", "config")}
+    return {**measured, "config": {**config, "data": kind}}
 
 
 def _git(*words: str) -> str:

@@ -4,13 +4,42 @@ Rewrite a network into a larger one that computes exactly the same function, tra
 take the small one out again.
 """
 
-from reparam.passes.check import Report, check
-from reparam.passes.expand import expand, plan
-from reparam.passes.files import load, save
-from reparam.passes.plan import Plan
-from reparam.passes.tap import tap
-from reparam.passes.view import extract, student_view
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from reparam.passes.check import Report, check
+    from reparam.passes.expand import expand, plan
+    from reparam.passes.files import load, save
+    from reparam.passes.plan import Plan
+    from reparam.passes.tap import tap
+    from reparam.passes.view import extract, student_view
 
 __version__ = "0.1.0"
 
 __all__ = ["Plan", "Report", "check", "expand", "extract", "load", "plan", "save", "student_view", "tap"]
+
+_HOMES = {
+    "Plan": "plan",
+    "Report": "check",
+    "check": "check",
+    "expand": "expand",
+    "extract": "view",
+    "load": "files",
+    "plan": "expand",
+    "save": "files",
+    "student_view": "view",
+    "tap": "tap",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name when it is first used, so that ``reparam --help`` does not wait for torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'reparam' has no attribute {name!r}")
+    globals()[name] = value = getattr(import_module(f"reparam.passes.{_HOMES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

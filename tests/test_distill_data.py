@@ -252,6 +252,17 @@ def test_resident_batches():
     assert images.shape == (899, 1, 8, 8) and images.mean().abs() < 0.1 and abs(images.std() - 1) < 0.1
 
 
+def test_labels_stay_with_their_images():
+    source = load_source("digits")
+    loader = make_loader(source, TrainConfig(shift=0, batch_size=449), torch.nn.Identity(), CPU)
+    known = {
+        tuple(image.flatten().tolist()): int(label) for image, label in zip(source.x_train, source.y_train, strict=True)
+    }
+    for images, labels in loader.train(1):
+        pixels = (images * loader.facts.std[0] + loader.facts.mean[0]).mul(255).round().to(torch.uint8)
+        assert [known[tuple(image.flatten().tolist())] for image in pixels] == labels.tolist()
+
+
 def test_image_size_of_resident_data():
     loader = make_loader(load_source("digits"), TrainConfig(image_size=12), torch.nn.Identity(), CPU)
     assert next(iter(loader.train(1)))[0].shape == (64, 1, 12, 12)

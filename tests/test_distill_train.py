@@ -13,7 +13,7 @@ import reparam
 from reparam.distill import files
 from reparam.distill.compare import arms, compare
 from reparam.distill.config import TrainConfig
-from reparam.distill.data import Arrays, load_source
+from reparam.distill.data import load_source
 from reparam.distill.losses import smoothed_cross_entropy
 from reparam.distill.methods import Networks, get_method
 from reparam.distill.models import CifarResNet
@@ -87,6 +87,14 @@ def test_same_seed_same_weights(tmp_path, config, source, baseline):
         states.append(load_file(tmp_path / name / "student.safetensors"))
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert not torch.equal(states[0]["conv1.weight"], states[2]["conv1.weight"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_default_network_learns_the_digits(config, optimizer):
+    summary = train(dataclasses.replace(config, epochs=15, batch_size=64, optimizer=optimizer))
+    assert summary["student_top1"] > 95 and summary["teacher_top1"] > 95
+    assert summary["parity_passed"] and summary["parameters"]["teacher"] > 3.5 * summary["parameters"]["student"]
 
 
 def test_gpd_step_equals_its_formula():
@@ -219,7 +227,7 @@ def test_step_schedule_and_warm_up(tmp_path, config, source):
     assert rates == pytest.approx([0.001, 0.1, 0.01, 0.01, 0.001, 0.001])
 
 
-def test_gpd_without_room_for_decay_of_norms(config):
+def test_weight_decay_groups(config):
     """AdamW leaves norms and biases of the teacher without decay, SGD decays everything."""
     from reparam.distill.optim import make_optimizer
 
@@ -289,7 +297,3 @@ def test_devices():
     assert resolve_device("cpu") == torch.device("cpu")
     with pytest.raises(InputError, match="--device abacus cannot be used here"):
         resolve_device("abacus")
-
-
-def test_labels_stay_with_their_images(source):
-    assert isinstance(source, Arrays) and len(source.x_train) == len(source.y_train) == 200

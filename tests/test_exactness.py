@@ -12,7 +12,6 @@ from torch import nn
 from zoo import BY_NAME, ZOO, Entry, built, error, sample, tensors
 
 import reparam
-from reparam.ops.params import repeat
 from reparam.passes.expand import capture_model, make_plan, verify_plan
 from reparam.passes.plan import Plan
 from reparam.passes.teacher import Teacher
@@ -166,9 +165,7 @@ def check_train_mode(entry: Entry) -> None:
             continue
         assert error(buffer, own[name]) <= 1e-10, name
         if name in made.statistics:
-            expected = buffer
-            for dim, replica_map in made.params[name].maps.items() if name in made.params else ():
-                expected = repeat(expected, dim, replica_map)
+            expected = made.params[name].widen(buffer) if name in made.params else buffer
             assert error(expected, wide[name]) <= 1e-10, name
 
 

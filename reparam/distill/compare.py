@@ -108,6 +108,7 @@ def _arm_numbers(name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
         "std": statistics.stdev(top1) if len(top1) > 1 else None,
         "teacher_top1": teachers or None,
         "seconds": [run["seconds"] for run in runs],
+        "threads": runs[0]["threads"],
         "parameters": runs[0]["parameters"],
         "parity_max_rel": max(run["parity"]["max_rel"] for run in runs),
     }

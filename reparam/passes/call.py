@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import Tensor, fx
 
 from reparam.ops.maps import Maps, ReplicaMap, clean, take_index
@@ -55,6 +56,7 @@ class Call:
         self.planner, self.node = planner, node
         self.args, self.kwargs = args, kwargs
         self.edit = NodeEdit()
+        self.weights: set[Path] = set()
         self.paths = _paths(signature, args, kwargs)
 
     # -- reading -------------------------------------------------------------------------------------------------
@@ -117,8 +119,10 @@ class Call:
         if target.size != source.size:
             raise Refuse(f"dimension {dim} of argument {name} cannot follow a map of {target.size} indices")
         maps = clean({**value.maps, dim: target})
+        if dim in value.divided and not np.array_equal(source.counts, target.counts):
+            self.planner.undivide(value.name)
         wide = value.t.new_empty(take_index(value.s.shape, maps))
-        return self._step(name, Realign(dim, source, target), Pair(value.s, wide, maps))
+        return self._step(name, Realign(dim, source, target), Pair(value.s, wide, maps, value.divided, value.name))
 
     def narrow(self, name: Name, dims: Iterable[int] | None = None) -> Pair:
         """Contract the given dimensions of an argument, all mapped ones where ``dims`` is None."""
@@ -153,6 +157,12 @@ class Call:
             law = Noise(out_dim, in_dim) if noise else None
             value, divided = self.planner.demand_weight(value, maps, in_dim, law)
             self._store(name, value)
+        elif isinstance(value, Pair) and value.divided:
+            if value.divided != (in_dim,):
+                self.planner.undivide(value.name)
+            divided = True
+        if divided:
+            self.weights.add(self.path(name))
         pair = self.pair(name)
         if not divided and in_dim in pair.maps:
             counts = pair.maps[in_dim]

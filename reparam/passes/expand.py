@@ -13,7 +13,7 @@ from reparam.ops.params import ParamMap
 from reparam.passes.example import Inputs, describe_inputs, example_for, random_like
 from reparam.passes.plan import ContractionPlan, EditPlan, LayerPlan, Plan
 from reparam.passes.planner import Planner, State, operator_name
-from reparam.passes.skeleton import named_tensors, skeleton_of
+from reparam.passes.skeleton import canonical_names, named_tensors, skeleton_of
 from reparam.passes.teacher import Teacher
 from reparam.passes.tracer import Capture, key_of, trace
 from reparam.passes.validate import check_branches, check_model, check_noise, check_ratio, ignored_parameters
@@ -168,7 +168,10 @@ def _layers(
 ) -> list[LayerPlan]:
     """Every weight of a linear operator, in the model's order; also those that no rule has met."""
     found = []
+    canonical = canonical_names(model)
     for name, module_shape in shapes.items():
+        if canonical[name] != name:
+            continue  # tied: it stands under its first name
         layer = state.layers.get(name)
         if layer is not None:
             wide = state.params[name].wide_shape if name in state.params else layer.shape

@@ -1,14 +1,18 @@
-"""Operators that torch writes as modules with control flow on the training flag, as one graph operator each."""
+"""Operators that torch writes as modules with control flow on the training flag, as one graph operator each.
+
+Also custom autograd functions: their C++ entry would take a symbolic value for a tensor.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
 from torch.nn.utils import parametrizations, spectral_norm
 
 
@@ -40,7 +44,7 @@ def spectral_normalize(
 
 @contextlib.contextmanager
 def intrinsics(record: Callable[[Callable[..., Any], tuple[Any, ...]], Any]) -> Iterator[None]:
-    """While active, torch's spectral norms are recorded as ``spectral_normalize``.
+    """While active, spectral norms are recorded as ``spectral_normalize``, autograd functions as their ``apply``.
 
     Args:
         record: gets the operator and its arguments; returns the recorded value, or NotImplemented to run torch's code.
@@ -61,8 +65,35 @@ def intrinsics(record: Callable[[Callable[..., Any], tuple[Any, ...]], Any]) -> 
         value = record(spectral_normalize, arguments)
         return plain_compute(self, module, do_power_iteration) if value is NotImplemented else value
 
+    function = torch.autograd.Function
+    own, plain_apply = vars(function).get("apply"), inspect.getattr_static(function, "apply")
+
+    def apply(cls: Any, *args: Any) -> Any:
+        bound = plain_apply.__get__(None, cls)
+        symbolic = any(issubclass(type(a), fx.Proxy) for a in args)
+        value = record(bound, args) if symbolic else NotImplemented
+        return bound(*args) if value is NotImplemented else value
+
+    instance = torch.nn.modules.instancenorm._InstanceNorm
+    plain_instance = instance.forward
+
+    def normalize(self: Any, x: Any) -> Any:
+        # torch compares the width with num_features first, which the tracer would take for control flow.
+        if not issubclass(type(x), fx.Proxy) or x.dim() == self._get_no_batch_dim():
+            return plain_instance(self, x)
+        self._check_input_dim(x)
+        batch = self.training if self.track_running_stats else True
+        statistics = (self.running_mean, self.running_var, self.weight, self.bias)
+        return F.instance_norm(x, *statistics, batch, self.momentum, self.eps)
+
+    instance.forward = normalize  # type: ignore[method-assign]
     modern.forward, hook.compute_weight = forward, compute_weight  # type: ignore[method-assign]
+    function.apply = classmethod(apply)  # type: ignore[assignment]
     try:
         yield
     finally:
         modern.forward, hook.compute_weight = plain_forward, plain_compute  # type: ignore[method-assign]
+        instance.forward = plain_instance  # type: ignore[method-assign]
+        del function.apply
+        if own is not None:
+            function.apply = own

@@ -210,11 +210,15 @@ class Planner:
             if not call.default_layout():
                 raise
             value = entry.function(call, *call.args, **call.kwargs)
+        if entry.family != "query":
+            self._check_divided({"args": args, "kwargs": kwargs}, call.weights)
+            self._check_divided({"args": call.args, "kwargs": call.kwargs}, call.weights)
         if call.edit:
             self.state.edits[node] = call.edit
         return value
 
     def _contracted(self, node: fx.Node, args: Value, kwargs: Value, reason: str) -> Value:
+        self._check_divided([args, kwargs], set())
         call = Call(self, node, list(args), dict(kwargs), _ANY)
         if call.contract_all():
             self.state.contractions[node] = Contraction(
@@ -227,6 +231,7 @@ class Planner:
     def _output(self, node: fx.Node, args: Value) -> Value:
         if node.graph not in self.capture.graphs:
             return args[0]
+        self._check_divided(list(args), set())
         call = Call(self, node, list(args), {}, _ANY)
         call.contract_all()
         if call.edit:
@@ -288,15 +293,25 @@ class Planner:
             known = ParamMap(tuple(value.shape), maps, divide, noise)
             self.state.params[name], self.state.linear[name] = known, linear
         elif self.state.linear[name] and known.maps and known.divide != tuple(d for d in divide if d in known.maps):
-            # Used in two ways (as it is, or transposed): it stays undivided and the graph divides.
-            self.computed.add(name)
-            raise Restart
+            self.undivide(name)
         elif clean(maps) != known.maps and name not in self.preferred and _is_wider(maps, known.maps):
             self.preferred[name] = clean(maps)
             raise Restart
-        pair = Pair(value, value.new_empty(known.wide_shape), known.maps)
+        divided = known.divide if self.state.linear[name] else ()
+        pair = Pair(value, value.new_empty(known.wide_shape), known.maps, divided, name)
         self.state.env[node] = pair
         return pair
+
+    def undivide(self, name: str) -> None:
+        """Note that a weight is used in several ways (as it is, transposed): it stays undivided, the graph divides."""
+        self.computed.add(name)
+        raise Restart
+
+    def _check_divided(self, values: Value, weights: set[Any]) -> None:
+        """A divided weight is read by linear operators only, as their weight."""
+        for path, leaf in walk(values):
+            if isinstance(leaf, Pair) and leaf.divided and path not in weights:
+                self.undivide(leaf.name)
 
     def assign_vector(self, source: Any, replica_map: ReplicaMap) -> None:
         """Give a unit vector (of a power iteration) a map: its norm stays 1, so it is divided by sqrt(r)."""

@@ -40,7 +40,6 @@ _CONCRETE_ATTRIBUTES = {
     "is_mkldnn",
     "layout",
     "names",
-    "_is_param",
 }
 _CONCRETE_METHODS = {"dim", "ndimension", "is_floating_point", "is_complex", "is_contiguous"}
 
@@ -134,13 +133,15 @@ class HintProxy(fx.Proxy):
 
     @property
     def __class__(self) -> type:
-        # Model code asks ``isinstance(x, torch.Tensor)``.
-        return Tensor if isinstance(self.node.meta.get("val"), Tensor) else HintProxy
+        # Model code asks ``isinstance(x, torch.Tensor)``. Torch's own argument parser asks too, and would read a
+        # tensor's memory where there is none (torch.pow(x, 0.5)): it gets the truth.
+        tensor = isinstance(self.node.meta.get("val"), Tensor)
+        return Tensor if tensor and _asks_for_type(sys._getframe(1)) else HintProxy
 
     def __getattr__(self, name: str) -> Any:
         value = object.__getattribute__(self, "node").meta.get("val")
         if isinstance(value, Tensor):
-            if name == "_is_param":
+            if name in ("_is_param", "_is_buffer"):
                 return False
             if name in _CONCRETE_ATTRIBUTES:
                 return getattr(value, name)
@@ -182,10 +183,16 @@ class HintAttribute(HintProxy, fx.proxy.Attribute):
 
     @property
     def __class__(self) -> type:
-        return Tensor if self.attr in ("T", "mT", "data") else HintAttribute
+        tensor = self.attr in ("T", "mT", "data") and _asks_for_type(sys._getframe(1))
+        return Tensor if tensor else HintAttribute
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.tracer.create_proxy("call_method", self.attr, (self.root, *args), kwargs)
+
+
+def _asks_for_type(frame: FrameType) -> bool:
+    """Whether the code of this frame looks at types itself."""
+    return "isinstance" in frame.f_code.co_names or "__class__" in frame.f_code.co_names
 
 
 def _is_assert(frame: FrameType) -> bool:

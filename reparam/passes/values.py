@@ -20,12 +20,15 @@ class Refuse(Exception):
 class Pair:
     """A tensor in both worlds (on the meta device).
 
-    The invariant: ``t == s.index_select(dim, maps[dim].index)`` over all mapped dimensions.
+    The invariant: ``t == s.index_select(dim, maps[dim].index)`` over all mapped dimensions. The one exception is a
+    weight that is divided by the replica counts of the dimensions ``divided``: only a linear operator may read it.
     """
 
     s: Tensor
     t: Tensor
     maps: Maps = field(default_factory=dict)
+    divided: tuple[int, ...] = ()
+    name: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "maps", clean(self.maps))

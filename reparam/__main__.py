@@ -1,0 +1,5 @@
+"""``python -m reparam``."""
+
+from reparam.cli import main
+
+raise SystemExit(main())
