@@ -11,23 +11,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
-import os
-import platform
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
+import record
 
 from reparam.distill import files
 from reparam.distill.command import add_arguments, config_from
 from reparam.distill.compare import compare
 from reparam.distill.trainer import resolve_device
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> int:
@@ -41,32 +35,20 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         config = dataclasses.replace(config, output=config.output or str(Path(folder, "runs")))
         content = compare(config, arguments.seeds or (0, 1, 2))
-    target = arguments.result or RESULTS / name
-    files.write_json(target, {**_provenance(kind, config.device), **_without_paths(content, kind)})
+    origin = record.provenance(_command(kind), resolve_device(config.device))
+    target = arguments.result or record.RESULTS / name
+    files.write_json(target, {**_without_paths(content, kind), **origin})
     print(f"result: {target}")
     return 0
 
 
-def _provenance(kind: str, device: str) -> dict[str, Any]:
-    """Command, commit, date and device of a measurement."""
+def _command(kind: str) -> str:
+    """The command without the measuring machine's paths."""
     words = ["python", "benchmarks/compare_training.py", *sys.argv[1:]]
     hidden = {"--output", "--result"}
-    command = [
+    return " ".join(
         "PATH" if index and words[index - 1] in hidden else _only_kind(word, kind) for index, word in enumerate(words)
-    ]
-    return {
-        "command": " ".join(command),
-        "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain")),
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "device": _device(resolve_device(device)),
-    }
-
-
-def _device(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {os.cpu_count()} cores"
+    )
 
 
 def _only_kind(word: str, kind: str) -> str:
@@ -77,11 +59,6 @@ def _without_paths(content: dict[str, Any], kind: str) -> dict[str, Any]:
     config = {key: value for key, value in content["config"].items() if key not in ("output", "checkpoint")}
     measured = {key: value for key, value in content.items() if key not in ("command", "config")}
     return {**measured, "config": {**config, "data": kind}}
-
-
-def _git(*words: str) -> str:
-    done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True)
-    return done.stdout.strip()
 
 
 if __name__ == "__main__":

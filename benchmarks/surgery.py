@@ -15,12 +15,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import record
 import timm
 import torch
 
-import record
 import reparam
-
 
 
 def main() -> None:

@@ -248,6 +248,7 @@ def _load(
 ) -> nn.Module:
     import torch
 
+    import reparam.distill.models  # noqa: F401 (registers the networks of the papers with timm)
     from reparam.models import load_model
 
     torch.manual_seed(options.seed)

@@ -92,7 +92,7 @@ def op(name: str, function: Callable[..., Any], expect: str = "wide", **options:
     known = {k: options.pop(k) for k in ("dims", "width", "tail", "fixed", "shape", "marks") if k in options}
 
     def make() -> nn.Module:
-        return Op(function, **{k: v() if isinstance(v, type(lambda: 0)) else v for k, v in options.items()})
+        return Op(function, **{k: v() if callable(v) else v for k, v in options.items()})
 
     return around(name, make, expect, **known)
 
