@@ -82,7 +82,8 @@ class ParamMap:
             wide = wide / self._divisor(dim, self.maps[dim].counts, wide)
         wide = repeat_all(wide, self.maps)
         wide = wide.clone(memory_format=torch.contiguous_format) if wide.data_ptr() == value.data_ptr() else wide
-        if amplitude and self.noise is not None and value.numel() and value.is_floating_point():
+        real = value.numel() > 0 and value.is_floating_point() and value.device.type != "meta"
+        if amplitude and self.noise is not None and real:
             self._add_noise(wide, amplitude * float(value.detach().float().square().mean().sqrt()), generator)
         return wide
 

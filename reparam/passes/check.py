@@ -19,7 +19,6 @@ from reparam.passes.skeleton import first_floating_dtype, skeleton_of
 from reparam.passes.teacher import Teacher
 from reparam.passes.view import StudentView, extract
 
-
 _TOLERANCES = {
     torch.float64: (1e-10, 1e-10),
     torch.float32: (1e-5, 1e-4),

@@ -12,36 +12,22 @@ Three things differ from ``torch.fx.symbolic_trace``:
 from __future__ import annotations
 
 import contextlib
-import dis
 import operator
-import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from reparam.errors import CaptureError
+from reparam.passes.functionalize import drop_unused, functionalize, setitem
 from reparam.passes.intrinsics import intrinsics
 from reparam.passes.meta import Unknown, run_module_on_meta, run_on_meta
+from reparam.passes.proxies import HintProxy, proxies_have_types, source_line
 from reparam.passes.skeleton import named_tensors, to_meta
-
-_CONCRETE_ATTRIBUTES = {
-    "ndim",
-    "is_cuda",
-    "is_cpu",
-    "is_mps",
-    "is_sparse",
-    "is_quantized",
-    "is_nested",
-    "is_mkldnn",
-    "layout",
-    "names",
-}
-_CONCRETE_METHODS = {"dim", "ndimension", "is_floating_point", "is_complex", "is_contiguous"}
+from reparam.passes.values import plain
 
 
 @dataclass
@@ -128,89 +114,6 @@ def _untraceable(root: nn.Module, error: Exception) -> str:
     )
 
 
-class HintProxy(fx.Proxy):
-    """A proxy that knows the meta value of its node."""
-
-    @property
-    def __class__(self) -> type:
-        # Model code asks ``isinstance(x, torch.Tensor)``. Torch's own argument parser asks too, and would read a
-        # tensor's memory where there is none (torch.pow(x, 0.5)): it gets the truth.
-        tensor = isinstance(self.node.meta.get("val"), Tensor)
-        return Tensor if tensor and _asks_for_type(sys._getframe(1)) else HintProxy
-
-    def __getattr__(self, name: str) -> Any:
-        value = object.__getattribute__(self, "node").meta.get("val")
-        if isinstance(value, Tensor):
-            if name in ("_is_param", "_is_buffer"):
-                return False
-            if name in _CONCRETE_ATTRIBUTES:
-                return getattr(value, name)
-            if name in _CONCRETE_METHODS:
-                return getattr(value, name)
-        return HintAttribute(self, name)
-
-    def __len__(self) -> int:
-        length: int = self.tracer.length(self)
-        return length
-
-    def __int__(self) -> int:
-        return int(self.tracer.concrete(self))
-
-    def __index__(self) -> int:
-        return operator.index(self.tracer.concrete(self))
-
-    def __float__(self) -> float:
-        return float(self.tracer.concrete(self))
-
-    def __contains__(self, item: Any) -> bool:
-        return item in self.tracer.concrete(self)
-
-    def __bool__(self) -> bool:
-        frame = sys._getframe(1)
-        if _is_assert(frame):
-            return True
-        return bool(self.tracer.to_bool(self))
-
-    def __hash__(self) -> int:
-        return id(self)
-
-
-class HintAttribute(HintProxy, fx.proxy.Attribute):
-    """An attribute of a proxy (``x.shape``), added to the graph when it is used other than as a method."""
-
-    def __init__(self, root: fx.Proxy, attr: str) -> None:
-        fx.proxy.Attribute.__init__(self, root, attr)
-
-    @property
-    def __class__(self) -> type:
-        tensor = self.attr in ("T", "mT", "data") and _asks_for_type(sys._getframe(1))
-        return Tensor if tensor else HintAttribute
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.tracer.create_proxy("call_method", self.attr, (self.root, *args), kwargs)
-
-
-def _asks_for_type(frame: FrameType) -> bool:
-    """Whether the code of this frame looks at types itself."""
-    return "isinstance" in frame.f_code.co_names or "__class__" in frame.f_code.co_names
-
-
-def _is_assert(frame: FrameType) -> bool:
-    """Whether the truth value is asked for by an ``assert`` statement, which is then dropped."""
-    instructions = [i for i in dis.get_instructions(frame.f_code) if i.opname not in ("CACHE", "NOT_TAKEN", "TO_BOOL")]
-    for position, instruction in enumerate(instructions):
-        if instruction.offset > frame.f_lasti:
-            break
-        current = position
-    else:
-        current = len(instructions) - 1
-    following = [i.opname for i in instructions[current : current + 3]]
-    jumps = [k for k, name in enumerate(following) if name.startswith(("POP_JUMP", "JUMP_IF")) and "TRUE" in name]
-    return any(k + 1 < len(following) and following[k + 1] == "LOAD_ASSERTION_ERROR" for k in jumps) or any(
-        k + 1 < len(following) and following[k + 1] == "LOAD_COMMON_CONSTANT" for k in jumps
-    )
-
-
 _TRACERS: list[ModelTracer] = []
 
 
@@ -281,14 +184,14 @@ class ModelTracer(fx.Tracer):
         states = [(module, dict(vars(module))) for module in root.modules()]
         _TRACERS.append(self)
         try:
-            with _training_property(), intrinsics(self._intrinsic):
+            with _training_property(), proxies_have_types(), intrinsics(self._intrinsic):
                 graph = super().trace(root, concrete_args)
         finally:
             _TRACERS.pop()
             for module, state in states:
                 _restore(module, state)
         functionalize(graph)
-        _drop_unused(graph)
+        drop_unused(graph)
         return graph
 
     def _intrinsic(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
@@ -342,14 +245,14 @@ class ModelTracer(fx.Tracer):
             target = setitem
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
         node.meta["module"] = self.path[-1] if self.path else ""
-        node.meta["source"] = _source_line()
+        node.meta["source"] = source_line()
         if kind not in ("placeholder", "output"):
             node.meta["val"] = self._evaluate(node)
         return node
 
     def _evaluate(self, node: fx.Node) -> Any:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        args, kwargs = _plain(args), _plain(kwargs)
+        args, kwargs = plain(args), plain(kwargs)
         self._evaluating += 1
         try:
             if node.op == "get_attr":
@@ -458,7 +361,7 @@ class ModelTracer(fx.Tracer):
 
     def _guard(self, proxy: fx.Proxy, value: Any) -> None:
         message = (
-            f"{_source_line()}: the network branches on a size here and was recorded for {value!r}; "
+            f"{source_line()}: the network branches on a size here and was recorded for {value!r}; "
             "expand it again with an example_input of the size that is used now"
         )
         same = self.create_proxy("call_function", operator.eq, (proxy, value), {})
@@ -478,73 +381,12 @@ class ModelTracer(fx.Tracer):
         return value.keys() if isinstance(value, dict) else super().keys(obj)
 
 
-def setitem(value: Tensor, index: Any, new: Any) -> Tensor:
-    """Return a copy of ``value`` with ``value[index] = new``."""
-    result = value.clone()
-    result[index] = new
-    return result
-
-
-_INPLACE_OPERATORS = {
-    operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod,
-    operator.ipow, operator.iand, operator.ior, operator.ixor, operator.imatmul, setitem,
-}  # fmt: skip
-
-
-def is_inplace(node: fx.Node) -> bool:
-    """Whether the node changes its first argument in place (or stands for code that did)."""
-    if node.op == "call_method":
-        name = str(node.target)
-        return name.endswith("_") and not name.endswith("__")
-    if node.op != "call_function":
-        return False
-    if node.target in _INPLACE_OPERATORS or node.kwargs.get("inplace") is True:
-        return True
-    name = getattr(node.target, "__name__", "")
-    return name.endswith("_") and not name.endswith("__")
-
-
-def functionalize(graph: fx.Graph) -> None:
-    """Make users that come after an in-place operator read its result instead of the value it changed."""
-    order = {node: k for k, node in enumerate(graph.nodes)}
-    for node in graph.nodes:
-        if not is_inplace(node) or not node.args or not isinstance(node.args[0], fx.Node):
-            continue
-        changed = node.args[0]
-        if changed.op == "get_attr" or not isinstance(changed.meta.get("val"), Tensor):
-            continue
-        for user in list(changed.users):
-            if order[user] > order[node]:
-                user.replace_input_with(changed, node)
-
-
-def _drop_unused(graph: fx.Graph) -> None:
-    """Remove queries that nothing uses (training flags, shapes)."""
-    for node in reversed(list(graph.nodes)):
-        pure = node.op == "get_attr" or node.target in (getattr, operator.getitem) or node.target in ("size", "dim")
-        if pure and not node.users:
-            graph.erase_node(node)
-
-
 def _parameter_names(function: Callable[..., Any]) -> list[str]:
     import inspect
 
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = inspect.signature(inspect.unwrap(function)).parameters.values()
     return [p.name for p in parameters if p.kind in kinds][1:]
-
-
-def _plain(value: Any) -> Any:
-    """Turn fx's immutable containers into ordinary ones."""
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_plain(v) for v in value]
-    if type(value) is tuple:
-        return tuple(_plain(v) for v in value)
-    if isinstance(value, slice):
-        return slice(_plain(value.start), _plain(value.stop), _plain(value.step))
-    return value
 
 
 def _nodes_of(value: Any) -> Any:
@@ -567,14 +409,3 @@ def _iter_nodes(value: Any) -> Iterator[fx.Node]:
     elif isinstance(value, tuple):
         for item in value:
             yield from _iter_nodes(item)
-
-
-def _source_line() -> str:
-    """Return file:line of the innermost frame that is model code."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        name = frame.f_code.co_filename
-        if "/torch/" not in name and not name.endswith(("reparam/passes/tracer.py", "reparam/passes/meta.py")):
-            return f"{name}:{frame.f_lineno}"
-        frame = frame.f_back
-    return ""

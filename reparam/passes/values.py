@@ -139,3 +139,16 @@ def join(s: Any, t: Any, maps: Callable[[Tensor, Tensor], Maps]) -> Value:
 def is_wide(leaf: Any) -> bool:
     """Whether a leaf differs between the worlds."""
     return isinstance(leaf, Int) or (isinstance(leaf, Pair) and bool(leaf.maps))
+
+
+def plain(value: Any) -> Any:
+    """Turn fx's immutable containers into ordinary ones."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [plain(v) for v in value]
+    if type(value) is tuple:
+        return tuple(plain(v) for v in value)
+    if isinstance(value, slice):
+        return slice(plain(value.start), plain(value.stop), plain(value.step))
+    return value

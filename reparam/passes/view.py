@@ -190,4 +190,4 @@ class StudentView(nn.Module):
         return f"student={type(self.network).__name__}"
 
 
-__all__ = ["StudentView", "extract", "narrow_tensors", "named_tensors", "student_view"]
+__all__ = ["StudentView", "extract", "named_tensors", "narrow_tensors", "student_view"]

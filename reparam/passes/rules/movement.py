@@ -18,8 +18,8 @@ from torch import Tensor
 
 from reparam.ops.maps import Maps, ReplicaMap, clean
 from reparam.passes.call import At, Call, Name
+from reparam.passes.functionalize import setitem
 from reparam.passes.registry import rule
-from reparam.passes.tracer import setitem
 from reparam.passes.values import Free, Int, Pair, Refuse, Value, join, student, teacher, transform, walk
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from reparam.ops.maps import Maps
 from reparam.passes.call import Call

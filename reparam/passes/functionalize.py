@@ -1,0 +1,56 @@
+"""Make in-place code explicit: users after an in-place operator read its result."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from torch import Tensor, fx
+
+
+def setitem(value: Tensor, index: Any, new: Any) -> Tensor:
+    """Return a copy of ``value`` with ``value[index] = new``."""
+    result = value.clone()
+    result[index] = new
+    return result
+
+
+_INPLACE_OPERATORS = {
+    operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod,
+    operator.ipow, operator.iand, operator.ior, operator.ixor, operator.imatmul, setitem,
+}  # fmt: skip
+
+
+def is_inplace(node: fx.Node) -> bool:
+    """Whether the node changes its first argument in place (or stands for code that did)."""
+    if node.op == "call_method":
+        name = str(node.target)
+        return name.endswith("_") and not name.endswith("__")
+    if node.op != "call_function":
+        return False
+    if node.target in _INPLACE_OPERATORS or node.kwargs.get("inplace") is True:
+        return True
+    name = getattr(node.target, "__name__", "")
+    return name.endswith("_") and not name.endswith("__")
+
+
+def functionalize(graph: fx.Graph) -> None:
+    """Make users that come after an in-place operator read its result instead of the value it changed."""
+    order = {node: k for k, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        if not is_inplace(node) or not node.args or not isinstance(node.args[0], fx.Node):
+            continue
+        changed = node.args[0]
+        if changed.op == "get_attr" or not isinstance(changed.meta.get("val"), Tensor):
+            continue
+        for user in list(changed.users):
+            if order[user] > order[node]:
+                user.replace_input_with(changed, node)
+
+
+def drop_unused(graph: fx.Graph) -> None:
+    """Remove queries that nothing uses (training flags, shapes)."""
+    for node in reversed(list(graph.nodes)):
+        pure = node.op == "get_attr" or node.target in (getattr, operator.getitem) or node.target in ("size", "dim")
+        if pure and not node.users:
+            graph.erase_node(node)

@@ -1,0 +1,140 @@
+"""Proxies that know the meta value they stand for."""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import dis
+import operator
+import sys
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+from torch import Tensor, fx
+
+_CONCRETE = {
+    "ndim",
+    "is_cuda",
+    "is_cpu",
+    "is_mps",
+    "is_sparse",
+    "is_quantized",
+    "is_nested",
+    "is_mkldnn",
+    "layout",
+    "names",
+    "dim",
+    "ndimension",
+    "is_floating_point",
+    "is_complex",
+    "is_contiguous",
+}
+"""Attributes and methods of a tensor whose values no input size changes."""
+
+
+class HintProxy(fx.Proxy):
+    """A proxy that knows the meta value of its node."""
+
+    tracer: Any
+
+    def stands_for(self) -> Any:
+        """Return the meta value."""
+        return object.__getattribute__(self, "node").meta.get("val")
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("_is_param", "_is_buffer"):
+            return False
+        value = self.stands_for()
+        if name in _CONCRETE and _isinstance(value, Tensor):
+            return getattr(value, name)
+        return HintAttribute(self, name)
+
+    def __len__(self) -> int:
+        length: int = self.tracer.length(self)
+        return length
+
+    def __int__(self) -> int:
+        return int(self.tracer.concrete(self))
+
+    def __index__(self) -> int:
+        return operator.index(self.tracer.concrete(self))
+
+    def __float__(self) -> float:
+        return float(self.tracer.concrete(self))
+
+    def __contains__(self, item: Any) -> bool:
+        return item in self.tracer.concrete(self)
+
+    def __bool__(self) -> bool:
+        if _is_assert(sys._getframe(1)):
+            return True
+        return bool(self.tracer.to_bool(self))
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+class HintAttribute(HintProxy, fx.proxy.Attribute):
+    """An attribute of a proxy (``x.shape``), added to the graph when it is used other than as a method."""
+
+    def __init__(self, root: fx.Proxy, attr: str) -> None:
+        fx.proxy.Attribute.__init__(self, root, attr)
+
+    def stands_for(self) -> Any:
+        """Return the meta value, without adding a node for it."""
+        root = object.__getattribute__(self, "root")
+        value = root.stands_for() if _isinstance(root, HintProxy) else None
+        return getattr(value, object.__getattribute__(self, "attr"), None)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Record a method call."""
+        return self.tracer.create_proxy("call_method", self.attr, (self.root, *args), kwargs)
+
+
+_isinstance = builtins.isinstance
+
+
+@contextlib.contextmanager
+def proxies_have_types() -> Iterator[None]:
+    """While active, Python code that asks ``isinstance(proxy, torch.Tensor)`` is told the type of the value.
+
+    The builtin is replaced, not the class of the proxy: torch's C++ code asks for the class too, and would read a
+    tensor's memory where there is none.
+    """
+
+    def told(value: Any, kinds: Any) -> bool:
+        if _isinstance(value, kinds):
+            return True
+        return issubclass(type(value), HintProxy) and _isinstance(value.stands_for(), kinds)
+
+    before = builtins.isinstance
+    builtins.isinstance = told  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        builtins.isinstance = before
+
+
+def _is_assert(frame: FrameType) -> bool:
+    """Whether the truth value is asked for by an ``assert`` statement, which is then dropped."""
+    instructions = [i for i in dis.get_instructions(frame.f_code) if i.opname not in ("CACHE", "NOT_TAKEN", "TO_BOOL")]
+    current = max((k for k, i in enumerate(instructions) if i.offset <= frame.f_lasti), default=0)
+    following = [i.opname for i in instructions[current : current + 3]]
+    # The jump over ``raise AssertionError``, as CPython 3.10 to 3.14 write it.
+    raises = ("LOAD_ASSERTION_ERROR", "LOAD_COMMON_CONSTANT")
+    return any(
+        name.startswith(("POP_JUMP", "JUMP_IF")) and "TRUE" in name and after in raises
+        for name, after in zip(following, following[1:], strict=False)
+    )
+
+
+def source_line() -> str:
+    """Return file:line of the innermost frame that is model code."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if "/torch/" not in name and not name.endswith(("passes/tracer.py", "passes/meta.py", "passes/proxies.py")):
+            return f"{name}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""

@@ -1,0 +1,499 @@
+"""The student's view: gradients, modes, copies, moves, averages, compilation, taps."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from zoo import BY_NAME, built, error, randomise, sample
+
+import reparam
+from reparam.errors import InputError
+from reparam.ops.params import repeat
+from reparam.passes.teacher import Teacher
+
+
+class Net(nn.Module):
+    """Convolutions, norms, dropout and a drop path."""
+
+    def __init__(self, dropout: float = 0.0, drop_path: float = 0.0, width: int = 4) -> None:
+        super().__init__()
+        from timm.layers import DropPath
+
+        self.stem = nn.Conv2d(2, width, 3, padding=1)
+        self.norm = nn.BatchNorm2d(width)
+        self.body = nn.Conv2d(width, width, 3, padding=1, groups=2)
+        self.drop_path = DropPath(drop_path)
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.norm(self.stem(x)))
+        x = x + self.drop_path(torch.tanh(self.body(x)))
+        return self.head(self.dropout(x.mean((2, 3))))
+
+
+def net(**options: float) -> nn.Module:
+    torch.manual_seed(0)
+    return randomise(Net(**options).double()).eval()
+
+
+def teacher_of(model: nn.Module, ratio: int = 2, shape: tuple[int, ...] = (2, 2, 6, 6)) -> Teacher:
+    return reparam.expand(model, ratio, example_input=sample(shape))
+
+
+X = sample((3, 2, 5, 6))
+
+
+# Gradients -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ratio", [2, 3])
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_gradcheck(training: bool, ratio: int) -> None:
+    teacher = teacher_of(net(width=2), ratio)
+    view = reparam.student_view(teacher).train(training)
+    parameters = tuple(teacher.parameters())
+    x = sample((2, 2, 3, 3))
+
+    def run(*_parameters: Tensor) -> Tensor:
+        return view(x)
+
+    assert torch.autograd.gradcheck(run, parameters)
+
+
+@pytest.mark.parametrize("name", ["unet", "net1d", "mlp", "weight_norm", "tied", "nfnet"])
+def test_directional_derivatives(name: str) -> None:
+    """Along random directions through all parameters at once, against central differences."""
+    entry = BY_NAME[name]
+    teacher = teacher_of(built(entry), 2, entry.shape)
+    view, x = reparam.student_view(teacher), sample(entry.shape, 3)
+    parameters = list(teacher.parameters())
+    # tanh: smooth, and of order one for every network
+    weights = sample(tuple(view(x).shape), 4)
+    loss = (torch.tanh(view(x)) * weights).sum()
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    generator = torch.Generator().manual_seed(0)
+    start = [p.detach().clone() for p in parameters]
+    direction = [torch.randn(p.shape, generator=generator, dtype=p.dtype) * p.detach().std().nan_to_num(1.0) for p in parameters]  # fmt: skip
+    values = []
+    with torch.no_grad():
+        for step in (1e-6, -1e-6):
+            for p, s, d in zip(parameters, start, direction, strict=True):
+                p.copy_(s + step * d)
+            values.append(float((torch.tanh(view(x)) * weights).sum()))
+    numeric = (values[0] - values[1]) / 2e-6
+    exact = sum(float((g * d).sum()) for g, d in zip(gradients, direction, strict=True) if g is not None)
+    assert abs(exact) > 1e-6
+    assert numeric == pytest.approx(exact, rel=1e-4, abs=1e-6)
+
+
+def test_only_the_students_block_gets_a_gradient_from_the_view() -> None:
+    teacher = teacher_of(net())
+    reparam.student_view(teacher)(X).sum().backward()
+    gradient = teacher.stem.weight.grad
+    assert gradient is not None
+    assert bool((gradient[::2] != 0).any())
+    assert not bool(gradient[1::2].any())
+
+
+def test_gradients_of_both_add_up_in_the_same_tensors() -> None:
+    teacher = teacher_of(net())
+    view = reparam.student_view(teacher)
+    parts = []
+    for module in (teacher, view):
+        teacher.zero_grad()
+        module(X).square().sum().backward()
+        parts.append({name: p.grad.clone() for name, p in teacher.named_parameters()})
+    view.zero_grad()
+    assert all(p.grad is None for p in teacher.parameters())
+    (teacher(X).square().sum() + view(X).square().sum()).backward()
+    for name, p in teacher.named_parameters():
+        torch.testing.assert_close(p.grad, parts[0][name] + parts[1][name], rtol=1e-12, atol=1e-14)
+    assert error(parts[0]["body.weight"], parts[1]["body.weight"]) > 1e-3
+
+
+def test_the_gradient_is_the_students_own() -> None:
+    """Gradient of the view is the gradient of the plain student, times the divisor, at the first replicas."""
+    model = net()
+    teacher = teacher_of(model)
+    reparam.student_view(teacher)(X).square().sum().backward()
+    model(X).square().sum().backward()
+    torch.testing.assert_close(teacher.head.weight.grad[:, ::2], 2 * model.head.weight.grad)
+    torch.testing.assert_close(teacher.stem.weight.grad[::2], model.stem.weight.grad)
+
+
+def test_frozen_parameters_stay_frozen() -> None:
+    model = net()
+    model.stem.weight.requires_grad_(False)
+    teacher = teacher_of(model)
+    (reparam.student_view(teacher)(X).sum() + teacher(X).sum()).backward()
+    assert teacher.stem.weight.grad is None
+    assert teacher.head.weight.grad is not None
+
+
+# One object ------------------------------------------------------------------------------------------------------------
+
+
+def test_one_view_per_teacher() -> None:
+    one, two = teacher_of(net()), teacher_of(net())
+    view = reparam.student_view(one)
+    assert reparam.student_view(one) is view
+    assert reparam.student_view(two) is not view
+    assert view.teacher is one
+    with torch.no_grad():
+        assert error(one(X), view(X)) <= 1e-12
+
+
+def test_the_view_is_no_part_of_the_teacher() -> None:
+    teacher = teacher_of(net())
+    keys, modules = list(teacher.state_dict()), list(dict(teacher.named_modules()))
+    view = reparam.student_view(teacher)
+    assert list(teacher.state_dict()) == keys
+    assert list(dict(teacher.named_modules())) == modules
+    teacher.double()  # no recursion from one into the other and back
+    assert "student=Net" in repr(view)
+
+
+def test_parameters_are_the_teachers_each_once() -> None:
+    teacher = teacher_of(built(BY_NAME["tied"]), 2, BY_NAME["tied"].shape)
+    view = reparam.student_view(teacher)
+    mine, wide = list(view.parameters()), list(teacher.parameters())
+    assert len(mine) == len({id(p) for p in mine}) == len(wide)
+    assert all(a is b for a, b in zip(mine, wide, strict=True))
+    assert dict(view.named_buffers()).keys() == dict(teacher.named_buffers()).keys()
+
+
+def test_one_optimizer_over_both_counts_each_tensor_once() -> None:
+    teacher = teacher_of(net())
+    view = reparam.student_view(teacher)
+    both = nn.ModuleList([teacher, view])
+    assert len(list(both.parameters())) == len(list(teacher.parameters()))
+
+
+def test_train_and_eval_switch_the_view_alone() -> None:
+    teacher = teacher_of(net())
+    view = reparam.student_view(teacher)
+    assert not view.training and not teacher.training
+    assert view.train() is view
+    assert view.training and not teacher.training
+    assert all(m.training for m in view.network.modules())
+    teacher.train()
+    assert view.eval() is view
+    assert teacher.training and not view.training
+
+
+def test_to_moves_the_teacher() -> None:
+    teacher = teacher_of(net())
+    view = reparam.student_view(teacher)
+    assert view.to(torch.float32) is view
+    assert {p.dtype for p in teacher.parameters()} == {torch.float32}
+    assert view(X.float()).dtype == torch.float32
+    teacher.double()
+    with torch.no_grad():
+        assert error(teacher(X), view(X)) < 1e-5
+
+
+def test_the_view_has_the_students_state_dict() -> None:
+    model = net()
+    view = reparam.student_view(teacher_of(model))
+    state = view.state_dict()
+    assert list(state) == list(model.state_dict())
+    assert all(torch.equal(t, state[key]) for key, t in model.state_dict().items())
+    with pytest.raises(InputError, match="owns no weights; load them into the teacher"):
+        view.load_state_dict(state)
+
+
+def test_pickling_is_refused_with_the_way_out() -> None:
+    import pickle
+
+    teacher = teacher_of(net())
+    with pytest.raises(InputError, match=r"reparam\.save"):
+        pickle.dumps(teacher)
+    with pytest.raises(InputError, match=r"reparam\.save"):
+        pickle.dumps(reparam.student_view(teacher))
+
+
+def test_a_view_of_something_else() -> None:
+    model = net()
+    with pytest.raises(InputError, match=r"teacher made by reparam.expand or reparam.load is needed, not Net"):
+        reparam.student_view(model)
+    with pytest.raises(InputError, match="not Net"):
+        reparam.extract(model)
+
+
+# Copies ----------------------------------------------------------------------------------------------------------------
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    first, second = a.state_dict(), b.state_dict()
+    return list(first) == list(second) and all(torch.equal(t, second[key]) for key, t in first.items())
+
+
+def test_deepcopy_of_the_teacher() -> None:
+    teacher = teacher_of(net(dropout=0.5, drop_path=0.5))
+    clone = copy.deepcopy(teacher)
+    assert same(teacher, clone)
+    assert clone.plan is teacher.plan
+    assert not {t.data_ptr() for t in teacher.state_dict().values()} & {t.data_ptr() for t in clone.state_dict().values()}
+    with torch.no_grad():
+        assert torch.equal(teacher(X), clone(X))
+        before = teacher(X)
+        for p in clone.parameters():
+            p.add_(0.1)
+        assert torch.equal(teacher(X), before)
+        assert not torch.equal(clone(X), before)
+    view = reparam.student_view(clone)
+    assert view.teacher is clone
+    assert type(reparam.extract(clone)) is Net
+    # A copy of a copy, and the attributes that training code asks for.
+    again = copy.deepcopy(clone)
+    with torch.no_grad():
+        assert torch.equal(clone(X), again(X))
+
+
+@pytest.mark.parametrize("order", ["teacher first", "view first"])
+def test_deepcopy_of_teacher_and_view_together(order: str) -> None:
+    teacher = teacher_of(net())
+    view = reparam.student_view(teacher).train()
+    pair = (teacher, view) if order == "teacher first" else (view, teacher)
+    clones = copy.deepcopy(pair)
+    wide, compact = clones if order == "teacher first" else reversed(clones)
+    assert compact.teacher is wide
+    assert reparam.student_view(wide) is compact
+    assert compact.training and not wide.training
+    compact.eval()
+    view.eval()
+    with torch.no_grad():
+        next(wide.parameters()).add_(0.1)
+        assert error(view(X), compact(X)) > 1e-6
+        assert error(teacher(X), view(X)) <= 1e-12
+
+
+def test_deepcopy_of_the_view_brings_its_teacher() -> None:
+    teacher = teacher_of(net())
+    view = reparam.student_view(teacher)
+    clone = copy.deepcopy(view)
+    assert clone is not view and clone.teacher is not teacher
+    with torch.no_grad():
+        assert torch.equal(view(X), clone(X))
+        assert torch.equal(teacher(X), clone.teacher(X))
+
+
+def test_copied_modes_are_kept() -> None:
+    teacher = teacher_of(net(dropout=0.5))
+    teacher.train()
+    teacher.norm.eval()
+    clone = copy.deepcopy(teacher)
+    assert {n: m.training for n, m in teacher.named_modules()} == {n: m.training for n, m in clone.named_modules()}
+
+
+def test_moving_average_of_a_teacher() -> None:
+    from timm.utils import ModelEmaV3
+
+    teacher = teacher_of(net())
+    view = reparam.student_view(teacher)
+    average = ModelEmaV3(teacher, decay=0.5)
+    start = {key: t.clone() for key, t in teacher.state_dict().items()}
+    optimizer = torch.optim.SGD(view.parameters(), 0.1)
+    teacher.train()
+    view.train()
+    (teacher(X).square().sum() + view(X).square().sum()).backward()
+    optimizer.step()
+    average.update(teacher)
+    for key, t in average.module.state_dict().items():
+        if t.is_floating_point():
+            torch.testing.assert_close(t, 0.5 * (start[key] + teacher.state_dict()[key]))
+    averaged = average.module.eval()
+    student = reparam.extract(averaged).eval()
+    with torch.no_grad():
+        assert error(student(X), reparam.student_view(averaged).eval()(X)) <= 1e-12
+        assert error(student(X), view.eval()(X)) > 1e-6
+
+
+# Modes of the teacher --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("copied", [False, True], ids=["made", "copied"])
+@pytest.mark.parametrize("options", [{"dropout": 0.5}, {"drop_path": 0.5}], ids=["dropout", "drop path"])
+@pytest.mark.parametrize("start", [False, True], ids=["expanded in eval", "expanded in train"])
+def test_the_teacher_obeys_train_and_eval(options: dict[str, float], copied: bool, start: bool) -> None:
+    model = net(**options).train(start)
+    teacher = teacher_of(model)
+    assert teacher.training == start
+    teacher = copy.deepcopy(teacher) if copied else teacher
+    statistics = {key: t.clone() for key, t in teacher.state_dict().items() if "running" in key}
+    x = sample((16, 2, 6, 6), 5)
+    with torch.no_grad():
+        teacher.eval()
+        quiet = teacher(x)
+        assert error(quiet, model.eval()(x)) <= 1e-12
+        assert torch.equal(quiet, teacher(x))
+        assert all(torch.equal(teacher.state_dict()[key], t) for key, t in statistics.items())
+        teacher.train()
+        assert not torch.equal(teacher(x), teacher(x))
+        moved = {key for key, t in statistics.items() if not torch.equal(teacher.state_dict()[key], t)}
+        assert moved == {"norm.running_mean", "norm.running_var"}
+        assert int(teacher.norm.num_batches_tracked) == 2
+        teacher.eval()
+        assert torch.equal(teacher(x), teacher(x))
+        assert not torch.equal(teacher(x), quiet)
+
+
+def test_one_module_can_be_switched_alone() -> None:
+    teacher = teacher_of(net(dropout=0.5))
+    teacher.dropout.train()
+    with torch.no_grad():
+        assert not torch.equal(teacher(X), teacher(X))
+        teacher.train()
+        teacher.dropout.eval()
+        teacher.drop_path.eval()
+        before = teacher.norm.running_mean.clone()
+        teacher(X)
+        assert not torch.equal(teacher.norm.running_mean, before)
+        teacher.norm.eval()
+        assert torch.equal(teacher(X), teacher(X))
+
+
+def test_the_view_obeys_train_and_eval() -> None:
+    teacher = teacher_of(net(dropout=0.5))
+    view = reparam.student_view(teacher)
+    with torch.no_grad():
+        assert torch.equal(view(X), view(X))
+        view.train()
+        assert not torch.equal(view(X), view(X))
+        own = teacher.get_buffer("student_statistics.norm.num_batches_tracked")
+        assert (int(own), int(teacher.norm.num_batches_tracked)) == (2, 0)
+        view.eval()
+        assert torch.equal(view(X), view(X))
+
+
+# Other wrappers --------------------------------------------------------------------------------------------------------
+
+
+def test_compile() -> None:
+    teacher = teacher_of(net())
+    view = reparam.student_view(teacher)
+    with torch.no_grad():
+        assert error(teacher(X), torch.compile(teacher, backend="eager")(X)) <= 1e-12
+        assert error(view(X), torch.compile(view, backend="eager")(X)) <= 1e-12
+    teacher.train()
+    torch.compile(teacher, backend="eager")(X).sum().backward()
+    assert teacher.stem.weight.grad is not None
+
+
+@pytest.fixture
+def process_group(tmp_path: Path):
+    if not torch.distributed.is_available():
+        pytest.skip("torch without distributed")
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_distributed_data_parallel(process_group: None) -> None:
+    teacher = teacher_of(net()).train()
+    alone = copy.deepcopy(teacher)
+    wrapped = nn.parallel.DistributedDataParallel(teacher)
+    optimizers = [torch.optim.SGD(m.parameters(), 0.1) for m in (wrapped, alone)]
+    for module, optimizer in zip((wrapped, alone), optimizers, strict=True):
+        module(X).square().sum().backward()
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(teacher.parameters(), alone.parameters(), strict=True))
+    with pytest.raises(InputError, match=r"wrapped .*pass the teacher itself, usually wrapper\.module"):
+        reparam.extract(wrapped)
+    with torch.no_grad():
+        assert reparam.student_view(wrapped.module)(X).shape == (3, 3)
+
+
+def test_a_compiled_teacher_is_named() -> None:
+    with pytest.raises(InputError, match=r"compiled; pass the teacher itself \(compiled\._orig_mod\)"):
+        reparam.extract(torch.compile(teacher_of(net()), backend="eager"))
+
+
+def test_half_precision_autocast() -> None:
+    teacher = teacher_of(net()).float()
+    view = reparam.student_view(teacher)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert error(view(X.float()).float(), teacher(X.float()).float()) < 0.1
+
+
+# Taps ------------------------------------------------------------------------------------------------------------------
+
+
+def test_taps_of_student_view_and_teacher() -> None:
+    model = net()
+    teacher = teacher_of(model)
+    view = reparam.student_view(teacher)
+    names = ["stem", "norm", "body", "head"]
+    with torch.no_grad():
+        plain, mine = reparam.tap(model, names)(X)
+        _out, compact = reparam.tap(view, names)(X)
+        output, wide = reparam.tap(teacher, names)(X)
+    assert list(mine) == list(compact) == list(wide) == names
+    assert torch.equal(plain, model(X))
+    with torch.no_grad():
+        assert torch.equal(output, teacher(X))
+    for name in names:
+        assert error(mine[name], compact[name]) <= 1e-12
+        maps = teacher.plan.value_maps.get(teacher._outputs[name][-1], ((),))[0]
+        expected = mine[name]
+        for dim, replica_map in maps:
+            expected = repeat(expected, dim, replica_map)
+        assert error(expected, wide[name]) <= 1e-12, name
+    assert [wide[name].shape[1] for name in names] == [8, 8, 8, 3]
+
+
+def test_taps_follow_the_weights_and_the_mode() -> None:
+    teacher = teacher_of(net(dropout=0.5))
+    tapped = reparam.tap(teacher, "stem")
+    assert len(list(tapped.parameters())) == len(list(teacher.parameters()))
+    with torch.no_grad():
+        before = tapped(X)[1]["stem"]
+        teacher.stem.weight.add_(1.0)
+        assert not torch.equal(tapped(X)[1]["stem"], before)
+        teacher.train()
+        assert not torch.equal(tapped(X)[0], tapped(X)[0])
+        tapped.eval()
+        assert not teacher.training
+    out, values = tapped(X)
+    (out.sum() + values["stem"].square().sum()).backward()
+    assert teacher.stem.weight.grad is not None
+
+
+def test_a_tap_of_a_copied_teacher() -> None:
+    teacher = copy.deepcopy(teacher_of(built(BY_NAME["unet"]), 2, BY_NAME["unet"].shape))
+    x = sample(BY_NAME["unet"].shape)
+    with torch.no_grad():
+        out, values = reparam.tap(teacher, ["middle", "down.1"])(x)
+        assert torch.equal(out, teacher(x))
+    assert values["middle"].shape[:2] == (2, 64)
+    assert values["down.1"].shape[:2] == (2, 32)
+
+
+def test_a_tap_of_an_unknown_module() -> None:
+    model = net()
+    teacher = teacher_of(model)
+    for module in (model, teacher, reparam.student_view(teacher)):
+        with pytest.raises(InputError, match=r"tap: no module 'boddy'; did you mean 'body'"):
+            reparam.tap(module, ["boddy"])
+
+
+def test_a_tap_of_a_module_that_is_not_called() -> None:
+    model = net()
+    model.spare = nn.Linear(2, 2).double()
+    teacher = teacher_of(model)
+    with pytest.raises(InputError, match="'spare' is not called"):
+        reparam.tap(model, ["spare"])(X)
+    with pytest.raises(InputError, match="'spare' is not called"):
+        reparam.tap(teacher, ["spare"])
+
+
+def test_hooks_are_gone_after_the_tap() -> None:
+    model = net()
+    reparam.tap(model, ["stem"])(X)
+    assert not model.stem._forward_hooks
