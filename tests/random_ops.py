@@ -345,7 +345,9 @@ class Norm(Op):
         kind = pick.of(kinds)
         options = {"kind": kind, "affine": pick.flag()}
         if kind in ("batch", "instance"):
-            options["keep"] = pick.of((True, True, False))
+            # Statistics of a handful of values (a batch of 2 has x - mean = +-d) have no well-conditioned gradient.
+            few = math.prod(x.space) * (2 if kind == "batch" else 1) < 16
+            options["keep"] = True if few else pick.of((True, True, False))
         if kind == "group":
             options["groups"] = pick.divisor(x.channels)
         if kind == "instance" and math.prod(x.space) < 4 or kind == "layer_all" and math.prod(x.shape[1:]) > 400:

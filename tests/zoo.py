@@ -151,7 +151,7 @@ def big_transfer() -> nn.Module:
 
     return ResNetV2(
         [1, 1, 1, 1],
-        channels=(64, 128, 256, 512),
+        channels=(128, 128, 256, 256),
         num_classes=10,
         stem_type="fixed",
         conv_layer=StdConv2d,

@@ -80,7 +80,8 @@ class ParamMap:
         wide = value.detach()
         for dim in self.divide:
             wide = wide / self._divisor(dim, self.maps[dim].counts, wide)
-        wide = repeat_all(wide, self.maps)
+        # Repeating a dimension of size 1 gives a view whose replicas share their memory.
+        wide = repeat_all(wide, self.maps).contiguous()
         wide = wide.clone(memory_format=torch.contiguous_format) if wide.data_ptr() == value.data_ptr() else wide
         real = value.numel() > 0 and value.is_floating_point() and value.device.type != "meta"
         if amplitude and self.noise is not None and real:
@@ -97,7 +98,8 @@ class ParamMap:
             value = first_replicas(value, dim, replica_map)
         for dim in self.divide:
             value = value * self._divisor(dim, self.maps[dim].counts, value)
-        return value
+        # torch's CPU batch_norm gives wrong gradients for a weight with a stride (2.15, input [N, C]).
+        return value.contiguous() if value.dim() == 1 else value
 
     def _divisor(self, dim: int, counts: Any, like: Tensor) -> Tensor | float:
         uniform = self.maps[dim].uniform

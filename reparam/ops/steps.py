@@ -62,23 +62,43 @@ class Scale:
 
 @dataclass(frozen=True)
 class DivideInt:
-    """Divide an integer that comes from a widened dimension, to the student's value."""
+    """Bring an integer from one world's value to the other's: times ``factor``, divided by ``divisor``."""
 
     divisor: int
+    factor: int = 1
 
     def build(self) -> nn.Module:
         """Return the module that runs this step."""
-        return FloorDivide(self.divisor)
+        return FloorDivide(self.divisor, self.factor)
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON value."""
-        return {"step": "divide_int", "divisor": self.divisor}
+        return {"step": "divide_int", "divisor": self.divisor, "factor": self.factor}
 
     def __str__(self) -> str:
-        return f"divide the integer by {self.divisor}"
+        word = f"multiply the integer by {self.factor}" if self.factor != 1 else "divide the integer"
+        return f"{word} by {self.divisor}" if self.factor == 1 else word
 
 
-Step = Realign | Scale | DivideInt
+@dataclass(frozen=True)
+class Positions:
+    """Turn positions along a dimension, [n], into those of their ``ratio`` replicas side by side, [n * ratio]."""
+
+    ratio: int
+
+    def build(self) -> nn.Module:
+        """Return the module that runs this step."""
+        return Spread(self.ratio)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON value."""
+        return {"step": "positions", "ratio": self.ratio}
+
+    def __str__(self) -> str:
+        return f"positions of {self.ratio} replicas"
+
+
+Step = Realign | Scale | DivideInt | Positions
 
 
 def step_from_json(data: dict[str, Any]) -> Step:
@@ -89,7 +109,9 @@ def step_from_json(data: dict[str, Any]) -> Step:
     if kind == "scale":
         return Scale(tuple(data["factors"]), data["dim"])
     if kind == "divide_int":
-        return DivideInt(int(data["divisor"]))
+        return DivideInt(int(data["divisor"]), int(data["factor"]))
+    if kind == "positions":
+        return Positions(int(data["ratio"]))
     raise ValueError(f"unknown step {kind!r}")
 
 
@@ -124,7 +146,7 @@ class Contract(nn.Module):
             return self._uneven(value)
         if self.order is not None:
             value = value.index_select(self.dim, self.order)
-        return value.unflatten(self.dim, (self.size, self.ratio)).mean(self.dim + 1)
+        return value.unflatten(self.dim, (-1, self.ratio)).mean(self.dim + 1)
 
     def _uneven(self, value: Tensor) -> Tensor:
         assert self.index is not None and self.counts is not None
@@ -152,7 +174,7 @@ class Reindex(nn.Module):
     def forward(self, value: Tensor) -> Tensor:
         """Return the value in the target layout."""
         if self.index is None:
-            return value.repeat_interleave(self.ratio, self.dim)
+            return value.repeat_interleave(self.ratio or 1, self.dim)
         return value.index_select(self.dim, self.index)
 
     def extra_repr(self) -> str:
@@ -183,15 +205,28 @@ class Multiply(nn.Module):
 
 
 class FloorDivide(nn.Module):
-    """Divide an integer."""
+    """Multiply and divide an integer."""
 
-    def __init__(self, divisor: int) -> None:
+    def __init__(self, divisor: int, factor: int = 1) -> None:
         super().__init__()
-        self.divisor = divisor
+        self.divisor, self.factor = divisor, factor
 
     def forward(self, value: int) -> int:
-        """Return ``value // divisor``."""
-        return value // self.divisor
+        """Return ``value * factor // divisor``."""
+        return value * self.factor // self.divisor
+
+
+class Spread(nn.Module):
+    """Positions of all replicas in the default layout."""
+
+    def __init__(self, ratio: int) -> None:
+        super().__init__()
+        self.ratio = ratio
+
+    def forward(self, index: Tensor) -> Tensor:
+        """Return the positions of all replicas, [n] to [n * ratio]."""
+        replicas = torch.arange(self.ratio, device=index.device, dtype=index.dtype)
+        return (index[:, None] * self.ratio + replicas).flatten()
 
 
 def contract(value: Tensor, dim: int, replica_map: ReplicaMap) -> Tensor:

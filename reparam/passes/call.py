@@ -14,7 +14,7 @@ from reparam.ops.maps import Maps, ReplicaMap, clean, take_index
 from reparam.ops.params import Noise
 from reparam.ops.steps import DivideInt, Realign, Scale, Step
 from reparam.passes.meta import run_on_meta
-from reparam.passes.values import Free, Int, Pair, Refuse, Value, is_wide, join, teacher, walk
+from reparam.passes.values import Free, Int, Pair, Refuse, Value, is_wide, join, student, teacher, walk
 
 if TYPE_CHECKING:
     from reparam.passes.planner import Planner
@@ -56,6 +56,7 @@ class Call:
         self.planner, self.node = planner, node
         self.args, self.kwargs = args, kwargs
         self.edit = NodeEdit()
+        self.reason = ""
         self.weights: set[Path] = set()
         self.paths = _paths(signature, args, kwargs)
 
@@ -109,6 +110,10 @@ class Call:
         self._store(name, value)
         return value
 
+    def insert(self, name: Name, step: Step, value: Value) -> None:
+        """Insert a step in front of an argument, whose value is then ``value``."""
+        self._step(name, step, value)
+
     def align(self, name: Name, dim: int, target: ReplicaMap | None) -> Pair:
         """Bring one dimension of an argument into the layout ``target`` (None: student width)."""
         value = self.pair(name)
@@ -124,12 +129,35 @@ class Call:
         wide = value.t.new_empty(take_index(value.s.shape, maps))
         return self._step(name, Realign(dim, source, target), Pair(value.s, wide, maps, value.divided, value.name))
 
-    def narrow(self, name: Name, dims: Iterable[int] | None = None) -> Pair:
-        """Contract the given dimensions of an argument, all mapped ones where ``dims`` is None."""
+    def narrow(self, name: Name, dims: Iterable[int] | None = None, reason: str = "") -> Pair:
+        """Contract the given dimensions of an argument, all mapped ones where ``dims`` is None.
+
+        With a reason it stands in the plan; without one nothing is lost (the dimension ends here anyway).
+        """
         value = self.pair(name)
         for dim in list(value.maps if dims is None else dims):
             if dim in value.maps:
                 value = self.align(name, dim, None)
+                self.reason = reason or self.reason
+        return value
+
+    def even(self, name: Name, dims: Iterable[int]) -> Pair:
+        """Give the mapped ones of these dimensions the default layout with equally many replicas."""
+        value = self.pair(name)
+        for dim in dims:
+            if dim in value.maps and value.maps[dim].uniform is None:
+                source = value.maps[dim]
+                value = self.align(name, dim, ReplicaMap.repeat(source.size, int(source.counts.max())))
+        return value
+
+    def source(self, name: Name) -> Any:
+        """Return what stands in the graph: a node, or a constant."""
+        kind, key, *rest = self.path(name)
+        value: Any = self.node.args[key] if kind == "args" else self.node.kwargs.get(key)
+        for step in rest:
+            if isinstance(value, fx.Node):
+                return value
+            value = getattr(value, step) if isinstance(value, slice) else value[step]
         return value
 
     def match(self, name: Name, maps: Maps) -> Pair:
@@ -186,6 +214,25 @@ class Call:
             raise Refuse(f"argument {name} cannot be set")
         self._store(name, value)
 
+    def resize(self, name: Name, wanted: int) -> None:
+        """Give a size its teacher value; one that the graph computes is multiplied, it may hold a resolution."""
+        value = self.get(name)
+        found = teacher(value)
+        if found == wanted:
+            return
+        if not isinstance(self.source(name), fx.Node):
+            self.set(name, wanted)
+        elif isinstance(value, Int) and value.s == wanted:
+            self.narrow_int(name)
+        elif found > 0 and wanted % found == 0:
+            self._step(name, DivideInt(1, wanted // found), wanted)
+        elif wanted > 0 and found % wanted == 0:
+            self._step(name, DivideInt(found // wanted), wanted)
+        else:
+            raise Refuse("a computed size would need another factor")
+        # The student's world keeps its own number.
+        self._store(name, Int(student(value), wanted))
+
     def narrow_int(self, name: Name) -> None:
         """Give a number that comes from a widened dimension its student value."""
         value = self.get(name)
@@ -193,6 +240,8 @@ class Call:
             return
         if isinstance(value.s, int) and value.s > 0 and value.t % value.s == 0:
             self._step(name, DivideInt(value.t // value.s), value.s)
+        elif isinstance(value.s, float) and value.t:
+            self._step(name, Scale((value.s / value.t,)), value.s)
         else:
             self.set(name, value.s)
 

@@ -97,9 +97,16 @@ def check(a: nn.Module, b: nn.Module, example_input: Any = None, *, tolerance: f
     native_abs, native_rel, _ = _differences(*native)
     wide_limit, native_limit = _TOLERANCES.get(dtype, (1e-5, 1e-4))
     return Report(
-        max_abs, max_rel, sqnr, native_abs, native_rel, _agreement(*wide), wide_limit if tolerance is None else tolerance, native_limit,
-        str(dtype).removeprefix("torch."),
-    )  # fmt: skip
+        max_abs=max_abs,
+        max_rel=max_rel,
+        sqnr_db=sqnr,
+        native_max_abs=native_abs,
+        native_max_rel=native_rel,
+        argmax_agreement=_agreement(*wide),
+        tolerance=wide_limit if tolerance is None else tolerance,
+        native_tolerance=native_limit,
+        dtype=str(dtype).removeprefix("torch."),
+    )
 
 
 def _shapes(model: nn.Module, example: Any) -> Inputs:

@@ -79,6 +79,9 @@ def _try(skeleton: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         run_module_on_meta(skeleton, args, kwargs)
     except NotImplementedError:
         return None  # an operator without a meta kernel: capture decides
+    except RuntimeError as error:
+        # Control flow on data: capture decides.
+        return None if "meta tensor" in str(error) else error
     except Exception as error:
         return error
     return None
@@ -99,7 +102,7 @@ def _find(model: nn.Module, skeleton: nn.Module) -> Inputs:
 def _candidates(model: nn.Module) -> Iterator[tuple[int, ...]]:
     """Yield input shapes, batch 2: from timm's configuration, then from the first layers."""
     first = next((m for m in model.modules() if _input_channels(m)), None)
-    channels, dims = _input_channels(first) if first is not None else (3, 2)
+    channels, dims = _input_channels(first) or (3, 2)
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
     size = config.get("input_size") if isinstance(config, dict) else getattr(config, "input_size", None)
     if size:

@@ -12,8 +12,9 @@ from torch import Tensor, fx, nn
 from reparam.ops.params import ParamMap
 from reparam.passes.example import Inputs, describe_inputs, example_for, random_like
 from reparam.passes.plan import ContractionPlan, EditPlan, LayerPlan, Plan
-from reparam.passes.planner import Planner, State, operator_name
+from reparam.passes.planner import Planner
 from reparam.passes.skeleton import canonical_names, named_tensors, skeleton_of
+from reparam.passes.state import State, operator_name
 from reparam.passes.teacher import Teacher
 from reparam.passes.tracer import Capture, key_of, trace
 from reparam.passes.validate import check_branches, check_model, check_noise, check_ratio, ignored_parameters
@@ -187,7 +188,7 @@ def _layers(
                     layer.reason,
                     layer.multiply_adds,
                     layer.wide_multiply_adds,
-                )  # fmt: skip
+                )
             )
         elif _is_linear_weight(model, name):
             reason = ignored.get(name) or _unmet(capture, name)

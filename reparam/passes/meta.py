@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from reparam.passes.skeleton import to_meta
+from reparam.passes.skeleton import rebuild, to_meta
 
 
 class Unknown:
@@ -24,15 +24,15 @@ class Unknown:
 
 def run_on_meta(kind: str, target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Run ``target`` as an fx node of this kind would, every tensor and every device replaced by meta."""
-    args, kwargs = pytree.tree_map(_to_meta, (tuple(args), dict(kwargs)))
-    if "device" in kwargs:
-        kwargs["device"] = torch.device("meta")
+    args, options = pytree.tree_map(_to_meta, (tuple(args), dict(kwargs)))
+    if "device" in options:
+        options["device"] = torch.device("meta")
     with torch.no_grad(), torch.device("meta"):
         if kind == "call_method":
             if target in ("cpu", "cuda"):
                 return args[0]
-            return getattr(args[0], target)(*args[1:], **kwargs)
-        return target(*args, **kwargs)
+            return getattr(args[0], target)(*args[1:], **options)
+        return target(*args, **options)
 
 
 def _to_meta(value: Any) -> Any:
@@ -46,6 +46,25 @@ def run_module_on_meta(module: nn.Module, args: Sequence[Any], kwargs: Mapping[s
     args, kwargs = pytree.tree_map(_to_meta, (tuple(args), dict(kwargs)))
     with torch.no_grad(), torch.device("meta"):
         return module(*args, **kwargs)
+
+
+def run_leaf_on_meta(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Run a module that is kept as it is; where it looks at data, on zeros instead of meta tensors."""
+    try:
+        return run_module_on_meta(module, args, kwargs)
+    except (RuntimeError, NotImplementedError) as error:
+        if "meta tensor" not in str(error) and not isinstance(error, NotImplementedError):
+            raise
+    module = rebuild(module, lambda _name, tensor: torch.zeros_like(tensor, device="cpu"))
+    args, kwargs = pytree.tree_map(_to_zeros, (tuple(args), dict(kwargs)))
+    with torch.no_grad():
+        return pytree.tree_map(_to_meta, module(*args, **kwargs))
+
+
+def _to_zeros(value: Any) -> Any:
+    if isinstance(value, torch.device):
+        return torch.device("cpu")
+    return torch.zeros_like(value, device="cpu") if isinstance(value, Tensor) else value
 
 
 def describe(value: Any) -> str:

@@ -19,6 +19,7 @@ from reparam.errors import FormatError, InputError
 from reparam.ops.maps import ReplicaMap
 from reparam.ops.params import ParamMap
 from reparam.ops.steps import Step, step_from_json
+from reparam.passes.example import inputs_from_json
 
 VERSION = 1
 
@@ -155,7 +156,8 @@ class Plan:
     def _summary(self) -> list[str]:
         before, after = self.multiply_adds
         lines = [
-            f"{self.model}, ratio {self.ratio}: {self.coverage:.1%} of the conv and linear weights widened on both sides",
+            f"{self.model}, ratio {self.ratio}: "
+            f"{self.coverage:.1%} of the conv and linear weights widened on both sides",
             f"parameters {_count(self.parameters)} -> {_count(self.wide_parameters)}, "
             f"multiply-adds per sample {_count(before)} -> {_count(after)}",
         ]
@@ -249,23 +251,30 @@ class Plan:
             raise FormatError(f"the plan is damaged: {type(error).__name__}: {error}") from error
 
 
-def _plan_from(data: dict[str, Any]) -> Plan:
-    def layer(row: dict[str, Any]) -> LayerPlan:
-        return LayerPlan(**{**row, "shape": tuple(row["shape"]), "wide_shape": tuple(row["wide_shape"])})
+_TYPES: dict[str, type] = {
+    "model": str, "ratio": int, "inputs": dict, "params": dict, "edits": dict, "attributes": dict, "statistics": list,
+    "layers": list, "contractions": list, "value_maps": dict, "leaves": dict, "graph": str, "parameters": int,
+    "wide_parameters": int, "notes": list,
+}  # fmt: skip
 
+
+def _plan_from(data: dict[str, Any]) -> Plan:
     def tensors(rows: list[Any]) -> tuple[Any, ...]:
         return tuple(tuple((int(d), ReplicaMap.from_json(m)) for d, m in maps) for maps in rows)
 
+    _check_types(data, _TYPES)
+    inputs_from_json(data["inputs"])
+    _check_strings([*data["statistics"], *data["notes"], *data["leaves"].values()])
     return Plan(
         model=data["model"],
         ratio=data["ratio"],
         inputs=data["inputs"],
-        params={name: ParamMap.from_json(m) for name, m in data["params"].items()},
+        params={name: _param_map_from(m) for name, m in data["params"].items()},
         edits={name: _edit_from_json(edit) for name, edit in data["edits"].items()},
         attributes={name: tuple(v) if isinstance(v, list) else v for name, v in data["attributes"].items()},
         statistics=tuple(data["statistics"]),
-        layers=tuple(layer(row) for row in data["layers"]),
-        contractions=tuple(ContractionPlan(**row) for row in data["contractions"]),
+        layers=tuple(_layer_from(row) for row in data["layers"]),
+        contractions=tuple(_contraction_from(row) for row in data["contractions"]),
         value_maps={name: tensors(rows) for name, rows in data["value_maps"].items()},
         leaves=data["leaves"],
         graph=data["graph"],
@@ -273,6 +282,43 @@ def _plan_from(data: dict[str, Any]) -> Plan:
         wide_parameters=data["wide_parameters"],
         notes=tuple(data["notes"]),
     )
+
+
+def _check_types(row: Mapping[str, Any], types: Mapping[str, type]) -> None:
+    for name, kind in types.items():
+        if not isinstance(row[name], kind) or (kind is int and isinstance(row[name], bool)):
+            raise TypeError(f"{name} is {row[name]!r:.40}, not a {kind.__name__}")
+
+
+def _check_strings(values: list[Any]) -> None:
+    if not all(isinstance(value, str) for value in values):
+        raise TypeError("something else stands where text is needed")
+
+
+def _sizes(values: Any) -> tuple[int, ...]:
+    if not isinstance(values, list) or not all(type(n) is int and n >= 0 for n in values):
+        raise TypeError(f"{values!r:.40} is no list of sizes")
+    return tuple(values)
+
+
+def _param_map_from(row: dict[str, Any]) -> ParamMap:
+    shape = _sizes(row["shape"])
+    dims = [*_sizes(row["divide"]), *_sizes(row["noise"] or [])]
+    if any(dim >= len(shape) for dim in dims):
+        raise ValueError(f"a parameter of shape {list(shape)} has no dimension {max(dims)}")
+    return ParamMap.from_json(row)
+
+
+def _layer_from(row: dict[str, Any]) -> LayerPlan:
+    types = {"multiply_adds": int, "wide_multiply_adds": int, "inputs": bool, "outputs": bool}
+    _check_types(row, {**types, "name": str, "operator": str, "source": str, "reason": str})
+    return LayerPlan(**{**row, "shape": _sizes(row["shape"]), "wide_shape": _sizes(row["wide_shape"])})
+
+
+def _contraction_from(row: dict[str, Any]) -> ContractionPlan:
+    result = ContractionPlan(**row)
+    _check_strings(list(row.values()))
+    return result
 
 
 def _edit_to_json(edit: EditPlan) -> dict[str, Any]:

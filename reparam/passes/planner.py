@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from reparam.ops.maps import Maps, ReplicaMap, clean
 from reparam.ops.params import Noise, ParamMap
 from reparam.passes import rules as _rules  # noqa: F401  (registers all rules)
-from reparam.passes.call import At, Call, NodeEdit
+from reparam.passes.call import Call
+from reparam.passes.leaves import keep_leaf
 from reparam.passes.meta import Unknown
+from reparam.passes.records import note_statistics
 from reparam.passes.registry import find_rule
-from reparam.passes.skeleton import canonical_names
-from reparam.passes.tracer import Capture, key_of, trace_inner
+from reparam.passes.skeleton import canonical_names, named_tensors
+from reparam.passes.state import Contraction, Restart, State, operator_name
+from reparam.passes.tracer import Capture, key_of
 from reparam.passes.values import (
     Free,
     Int,
@@ -30,63 +32,10 @@ from reparam.passes.values import (
     Value,
     is_wide,
     narrow_value,
-    student,
+    plain,
     transform,
     walk,
 )
-
-
-class Restart(Exception):
-    """What was learned makes an earlier decision wrong; planning starts again with it."""
-
-
-@dataclass
-class Layer:
-    """What became of one linear operator's weight."""
-
-    name: str
-    operator: str
-    node: str
-    source: str
-    shape: tuple[int, ...]
-    wide_shape: tuple[int, ...]
-    inputs: bool
-    outputs: bool
-    reason: str
-    multiply_adds: int
-    wide_multiply_adds: int
-
-
-@dataclass
-class Contraction:
-    """A place where values return to student width."""
-
-    node: str
-    operator: str
-    module: str
-    source: str
-    reason: str
-
-
-@dataclass
-class State:
-    """Everything that one planning pass decides."""
-
-    params: dict[str, ParamMap] = field(default_factory=dict)
-    linear: dict[str, bool] = field(default_factory=dict)
-    env: dict[fx.Node, Value] = field(default_factory=dict)
-    edits: dict[fx.Node, NodeEdit] = field(default_factory=dict)
-    attributes: dict[str, Any] = field(default_factory=dict)
-    statistics: set[str] = field(default_factory=set)
-    layers: dict[str, Layer] = field(default_factory=dict)
-    contractions: dict[fx.Node, Contraction] = field(default_factory=dict)
-
-    def copy(self) -> State:
-        """Return a copy that can be changed independently."""
-        return State(
-            dict(self.params), dict(self.linear), dict(self.env), dict(self.edits), dict(self.attributes),
-            set(self.statistics), dict(self.layers), dict(self.contractions),
-        )  # fmt: skip
 
 
 class Planner:
@@ -124,21 +73,27 @@ class Planner:
                         self.visit(node)
             except Restart:
                 continue
+            note_statistics(self)
             return self.state
         raise AssertionError("planning does not reach a fixpoint; please report this model")
 
     def _scan(self, graph: fx.Graph) -> None:
         """Find which nodes are followed by a mixing operator, and which come before all of them."""
         nodes = list(graph.nodes)
-        mixes = {node: self._is_mixing(node) for node in nodes}
+        mixes = {node: self.is_mixing(node) for node in nodes}
         for node in reversed(nodes):
             if any(mixes[user] or user in self.reaches_mixing for user in node.users):
                 self.reaches_mixing.add(node)
+        self.mark_inputs(nodes)
+
+    def mark_inputs(self, nodes: list[fx.Node]) -> None:
+        """Note which nodes come before all mixing operators: their channels are the network's own inputs."""
         for node in nodes:
-            if not mixes[node] and all(n in self.from_input for n in node.all_input_nodes):
+            if not self.is_mixing(node) and all(n in self.from_input for n in node.all_input_nodes):
                 self.from_input.add(node)
 
-    def _is_mixing(self, node: fx.Node) -> bool:
+    def is_mixing(self, node: fx.Node) -> bool:
+        """Whether an operator sums over channels."""
         if node.op == "call_module":
             module = self.capture.root.get_submodule(str(node.target))
             return any(p.dim() >= 2 for p in module.parameters())
@@ -181,8 +136,8 @@ class Planner:
     def _has_free_inside(self, node: fx.Node) -> bool:
         if node.op != "call_module":
             return False
-        module = self.capture.root.get_submodule(self._full(node, str(node.target)))
-        return next(module.parameters(), None) is not None
+        module = self.capture.root.get_submodule(self.full_name(node, str(node.target)))
+        return next(named_tensors(module), None) is not None
 
     def _apply(self, node: fx.Node, args: Value, kwargs: Value) -> Value:
         before = self.state.copy() if node.op == "call_module" else None
@@ -190,7 +145,7 @@ class Planner:
             if isinstance(node.meta["val"], Unknown):
                 raise Refuse(f"its result is not known before it runs ({node.meta['val'].reason})")
             if node.op == "call_module":
-                return self._leaf(node, args, kwargs)
+                return keep_leaf(self, node, args, kwargs)
             return self._by_rule(node, args, kwargs)
         except Refuse as reason:
             if before is not None:
@@ -213,20 +168,38 @@ class Planner:
         if entry.family != "query":
             self._check_divided({"args": args, "kwargs": kwargs}, call.weights)
             self._check_divided({"args": call.args, "kwargs": call.kwargs}, call.weights)
+        if call.reason:
+            self._note_contraction(node, call.reason)
         if call.edit:
             self.state.edits[node] = call.edit
         return value
 
+    def _note_contraction(self, node: fx.Node, reason: str) -> None:
+        self.state.contractions[node] = Contraction(
+            key_of(node), operator_name(node), node.meta.get("module", ""), node.meta.get("source", ""), reason
+        )
+
     def _contracted(self, node: fx.Node, args: Value, kwargs: Value, reason: str) -> Value:
         self._check_divided([args, kwargs], set())
+        if node.op == "call_module":
+            self._keep_narrow(node)
         call = Call(self, node, list(args), dict(kwargs), _ANY)
         if call.contract_all():
-            self.state.contractions[node] = Contraction(
-                key_of(node), operator_name(node), node.meta.get("module", ""), node.meta.get("source", ""), reason
-            )
+            self._note_contraction(node, reason)
         if call.edit:
             self.state.edits[node] = call.edit
         return narrow_value(node.meta["val"])
+
+    def _keep_narrow(self, node: fx.Node) -> None:
+        """A leaf module at student width keeps its parameters, also where another call could widen them."""
+        path = self.full_name(node, str(node.target))
+        for name, tensor in named_tensors(self.capture.root.get_submodule(path)):
+            name = self.names[f"{path}.{name}"]
+            known = self.state.params.setdefault(name, ParamMap(tuple(tensor.shape)))
+            self.state.linear.setdefault(name, False)
+            self.preferred[name] = {}
+            if known.maps:
+                raise Restart
 
     def _output(self, node: fx.Node, args: Value) -> Value:
         if node.graph not in self.capture.graphs:
@@ -240,12 +213,12 @@ class Planner:
 
     def lookup(self, structure: Any) -> Value:
         """Replace nodes by their values in an argument structure."""
-        plain = transform(_plain(structure), lambda leaf: leaf)
-        return _substitute(plain, self.state.env)
+        return _substitute(plain(structure), self.state.env)
 
     # -- parameters ----------------------------------------------------------------------------------------------
 
-    def _full(self, node: fx.Node, target: str) -> str:
+    def full_name(self, node: fx.Node, target: str) -> str:
+        """Return the path in the whole model of a target inside a leaf's graph."""
         prefix = node.meta.get("prefix", "")
         return f"{prefix}.{target}" if prefix and target else prefix or target
 
@@ -256,7 +229,7 @@ class Planner:
 
     def name_of(self, node: fx.Node) -> str | None:
         """Return the canonical name of the parameter or buffer that a node reads, or None."""
-        return self.names.get(self._full(node, str(node.target))) if node.op == "get_attr" else None
+        return self.names.get(self.full_name(node, str(node.target))) if node.op == "get_attr" else None
 
     def demand(self, value: Value, maps: Maps) -> Value:
         """Ask a free value for maps; the answer has the maps it got."""
@@ -298,9 +271,8 @@ class Planner:
             self.preferred[name] = clean(maps)
             raise Restart
         divided = known.divide if self.state.linear[name] else ()
-        pair = Pair(value, value.new_empty(known.wide_shape), known.maps, divided, name)
-        self.state.env[node] = pair
-        return pair
+        # The node itself stays free: another use may want other maps, which is settled here again.
+        return Pair(value, value.new_empty(known.wide_shape), known.maps, divided, name)
 
     def undivide(self, name: str) -> None:
         """Note that a weight is used in several ways (as it is, transposed): it stays undivided, the graph divides."""
@@ -349,7 +321,7 @@ class Planner:
         for source, trial in trials:
             before = self.state.copy()
             try:
-                self.assign(source, trial)
+                self.state.env[source] = self.assign(source, trial)
                 result = self._force(value.node, source)
                 if isinstance(result, Pair) and result.maps == maps:
                     return result
@@ -362,185 +334,23 @@ class Planner:
         """Evaluate a free value: what depends on ``source``, or everything, at student width, where it is None."""
         if not isinstance(self.state.env[node], Free):
             return self.state.env[node]
+        loaned: dict[fx.Node, Value] = {}
         for current in _ancestors(node, self.state.env):
             if not isinstance(self.state.env[current], Free):
                 continue
             if source is None and current.op == "get_attr":
-                self.assign(current, {})
+                loaned[current] = self.state.env[current]
+                self.state.env[current] = self.assign(current, {})
             elif current.op != "get_attr":
                 self.visit(current)
         value = self.state.env[node]
+        self.state.env.update({n: v for n, v in loaned.items() if n is not node})
         if isinstance(value, Free) and source is not None:
             raise Refuse("the value does not depend on the parameter")
         return value
 
-    # -- records -------------------------------------------------------------------------------------------------
-
-    def note_statistic(self, source: Any) -> None:
-        """Mark the buffers of the module that owns a running statistic: the student keeps its own."""
-        name = self.name_of(source) if isinstance(source, fx.Node) else None
-        if name is None:
-            return
-        path = name.rpartition(".")[0]
-        for buffer, _tensor in self.capture.root.get_submodule(path).named_buffers(recurse=False):
-            self.state.statistics.add(f"{path}.{buffer}" if path else buffer)
-
-    def note_attribute(self, source: Any, attribute: str, value: Any) -> None:
-        """Note that the module which owns a parameter states another constant now (``groups``)."""
-        name = self.name_of(source) if isinstance(source, fx.Node) else None
-        if name is None:
-            return
-        path = name.rpartition(".")[0]
-        if hasattr(self.capture.root.get_submodule(path), attribute):
-            self.state.attributes[f"{path}.{attribute}" if path else attribute] = value
-
-    def weight_name(self, source: Any) -> str | None:
-        """Return the name of the (largest) parameter behind the weight of a linear operator."""
-        if not isinstance(source, fx.Node):
-            return None
-        found: dict[str, int] = {}
-        stack, seen = [source], set()
-        while stack:
-            node = stack.pop()
-            seen.add(node)
-            name = self.name_of(node)
-            if name is not None and isinstance(node.meta["val"], nn.Parameter | Tensor):
-                found[name] = node.meta["val"].numel()
-            stack += [n for n in node.all_input_nodes if n not in seen and n.op != "placeholder"]
-        return max(found, key=lambda n: found[n]) if found else None
-
-    def record_layer(
-        self,
-        node: fx.Node,
-        data: fx.Node,
-        source: Any,
-        weight: Pair,
-        dims: tuple[int, int],
-        multiply_adds: tuple[int, int],
-    ) -> None:
-        """Note what became of the weight of a linear operator (several calls of one weight count once).
-
-        Args:
-            node: the operator.
-            data: its data input.
-            source: the graph argument that is its weight.
-            weight: the weight in both worlds.
-            dims: output and input dimension of the weight.
-            multiply_adds: of one sample, in the student and in the teacher.
-        """
-        name = self.weight_name(source)
-        if name is None:
-            return
-        ends = node not in self.reaches_mixing
-        outputs, inputs = (d in weight.maps for d in dims)
-        outside = data in self.from_input
-        reasons = [self.ignored[name]] if name in self.ignored else []
-        reasons += [] if inputs else ["input of the network" if outside else "its input is at student width"]
-        reasons += [] if outputs else ["output of the network" if ends else "its output is at student width"]
-        earlier = self.state.layers.get(name)
-        counted = (earlier.multiply_adds, earlier.wide_multiply_adds) if earlier else (0, 0)
-        self.state.layers[name] = Layer(
-            name, operator_name(node), node.name, node.meta.get("source", ""),
-            tuple(weight.s.shape), tuple(weight.t.shape),
-            (inputs or outside) and (earlier is None or earlier.inputs),
-            (outputs or ends) and (earlier is None or earlier.outputs),
-            "; ".join(reasons), counted[0] + multiply_adds[0], counted[1] + multiply_adds[1],
-        )  # fmt: skip
-
-    # -- leaf modules --------------------------------------------------------------------------------------------
-
-    def _leaf(self, node: fx.Node, args: Value, kwargs: Value) -> Value:
-        """Keep a leaf module as it is, with wider parameters, where the graph inside it needs no edits."""
-        results = []
-        for training in (False, True):
-            graph = self._inner_graph(node, training, args, kwargs)
-            results.append(self._run_inner(node, graph, args, kwargs))
-        first, second = ([_summary(leaf) for _path, leaf in walk(result)] for result in results)
-        if first != second:
-            raise Refuse("its train and eval mode need different layouts")
-        return results[0]
-
-    def _inner_graph(self, node: fx.Node, training: bool, args: Value, kwargs: Value) -> fx.Graph:
-        key = (node, training)
-        if key not in self.inner_graphs:
-            module = self.capture.root.get_submodule(self._full(node, str(node.target)))
-            try:
-                self.inner_graphs[key] = self._trace_inner(node, module, training, args, kwargs)
-            except Exception as error:
-                self.inner_graphs[key] = error
-        graph = self.inner_graphs[key]
-        if isinstance(graph, Exception):
-            raise Refuse(f"its forward cannot be recorded ({type(graph).__name__}: {graph})")
-        return graph
-
-    def _trace_inner(self, node: fx.Node, module: nn.Module, training: bool, args: Value, kwargs: Value) -> fx.Graph:
-        graph = trace_inner(module, student(args), student(kwargs), training)
-        prefix = self._full(node, str(node.target))
-        for inner in graph.nodes:
-            inner.meta["prefix"] = prefix
-            inner.meta["module"] = self._full(inner, inner.meta.get("module", ""))
-            if inner.op == "call_module":
-                raise Refuse(f"{inner.target} inside it cannot be recorded")
-        nodes = list(graph.nodes)
-        after = any(user for user in (node,) if user in self.reaches_mixing)
-        for inner in reversed(nodes):
-            if after or any(self._is_mixing(u) or u in self.reaches_mixing for u in inner.users):
-                self.reaches_mixing.add(inner)
-        return graph
-
-    def _run_inner(self, node: fx.Node, graph: fx.Graph, args: Value, kwargs: Value) -> Value:
-        flat = iter(
-            [v for v in [*args, *kwargs.values()] if any(isinstance(leaf, (Pair, Free)) for _p, leaf in walk(v))]
-        )
-        result: Value = None
-        for inner in graph.nodes:
-            if inner.op == "placeholder":
-                self.state.env[inner] = next(flat)
-                continue
-            self.visit(inner)
-            edit = self.state.edits.pop(inner, None)
-            if edit:
-                self._edit_attributes(inner, edit)
-            if inner.op == "output":
-                result = self.state.env[inner]
-        return result
-
-    def _edit_attributes(self, node: fx.Node, edit: NodeEdit) -> None:
-        """Turn edits of constants inside a leaf into edits of the module's attributes they were read from."""
-        if edit.steps or edit.out:
-            raise Refuse(f"{operator_name(node)} inside it would need its values rearranged")
-        entry = find_rule(node.op, node.target)
-        owners = [str(n.target).rpartition(".")[0] for n in node.all_input_nodes if n.op == "get_attr"]
-        for path, value in edit.constants.items():
-            name = _parameter_at(entry.signature, path) if entry else None
-            for owner in owners:
-                full = self._full(node, owner) if owner else node.meta["prefix"]
-                module = self.capture.root.get_submodule(full)
-                if name is not None and hasattr(module, name):
-                    self.state.attributes[f"{full}.{name}" if full else name] = value
-                    break
-            else:
-                raise Refuse(f"{operator_name(node)} inside it would need another constant")
-
-
-def operator_name(node: fx.Node) -> str:
-    """Return a readable operator name."""
-    if node.op == "call_function":
-        return getattr(node.target, "__name__", str(node.target))
-    return str(node.target)
-
 
 _ANY = inspect.signature(lambda *args, **kwargs: None)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_plain(v) for v in value]
-    if type(value) is tuple:
-        return tuple(_plain(v) for v in value)
-    return value
 
 
 def _substitute(value: Any, env: dict[fx.Node, Value]) -> Any:
@@ -595,23 +405,3 @@ def _ancestors(node: fx.Node, env: dict[fx.Node, Value]) -> list[fx.Node]:
 
     add(node)
     return list(order)
-
-
-def _summary(leaf: Any) -> Any:
-    if isinstance(leaf, Pair):
-        return ("tensor", tuple(leaf.s.shape), tuple(leaf.maps.items()))
-    if isinstance(leaf, Free):
-        return ("free", leaf.node.target)
-    if isinstance(leaf, Int):
-        return ("int", leaf.s, leaf.t)
-    return ("plain", type(leaf))
-
-
-def _parameter_at(signature: inspect.Signature, path: tuple[Any, ...]) -> str | None:
-    if path[0] == "kwargs":
-        return str(path[1])
-    names = list(signature.parameters)
-    return names[path[1]] if len(path) == 2 and path[1] < len(names) else None
-
-
-__all__ = ["At", "Contraction", "Layer", "Planner", "Restart", "State", "operator_name"]

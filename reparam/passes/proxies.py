@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import dis
+import itertools
 import operator
 import sys
 from collections.abc import Iterator
@@ -109,7 +110,7 @@ def proxies_have_types() -> Iterator[None]:
         return issubclass(type(value), HintProxy) and _isinstance(value.stands_for(), kinds)
 
     before = builtins.isinstance
-    builtins.isinstance = told  # type: ignore[assignment]
+    builtins.isinstance = told
     try:
         yield
     finally:
@@ -125,7 +126,7 @@ def _is_assert(frame: FrameType) -> bool:
     raises = ("LOAD_ASSERTION_ERROR", "LOAD_COMMON_CONSTANT")
     return any(
         name.startswith(("POP_JUMP", "JUMP_IF")) and "TRUE" in name and after in raises
-        for name, after in zip(following, following[1:], strict=False)
+        for name, after in itertools.pairwise(following)
     )
 
 

@@ -56,7 +56,7 @@ class Teacher(fx.GraphModule):
             def forward(module: Teacher, *args: Any, **kwargs: Any) -> Any:
                 return (in_train if module.training else in_eval)(module, *args, **kwargs)
 
-            type(self).forward = forward  # type: ignore[method-assign]
+            type(self).forward = forward
         return code
 
     @property

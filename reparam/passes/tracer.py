@@ -24,7 +24,7 @@ from torch import Tensor, fx, nn
 from reparam.errors import CaptureError
 from reparam.passes.functionalize import drop_unused, functionalize, setitem
 from reparam.passes.intrinsics import intrinsics
-from reparam.passes.meta import Unknown, run_module_on_meta, run_on_meta
+from reparam.passes.meta import Unknown, run_leaf_on_meta, run_on_meta
 from reparam.passes.proxies import HintProxy, proxies_have_types, source_line
 from reparam.passes.skeleton import named_tensors, to_meta
 from reparam.passes.values import plain
@@ -73,7 +73,7 @@ def trace(root: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Ca
 
 def _trace_modes(root: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], error: Exception) -> Capture:
     """Record a root whose own forward has control flow: once per train mode where that decides, sizes guarded."""
-    captures = []
+    captures: list[Capture] = []
     for mode in (False, True):
         tracer = ModelTracer(args, kwargs, root_training=mode)
         try:
@@ -258,7 +258,7 @@ class ModelTracer(fx.Tracer):
             if node.op == "get_attr":
                 return to_meta(operator.attrgetter(str(node.target))(self.root))
             if node.op == "call_module":
-                return run_module_on_meta(self.root.get_submodule(str(node.target)), args, kwargs)
+                return run_leaf_on_meta(self.root.get_submodule(str(node.target)), args, kwargs)
             return run_on_meta(node.op, node.target, args, kwargs)
         except Exception as error:
             return Unknown(f"{type(error).__name__}: {error}")
@@ -373,7 +373,8 @@ class ModelTracer(fx.Tracer):
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         """Iterate over a tuple of known length."""
-        return iter([obj[i] for i in range(self.length(obj))])
+        items: Any = obj
+        return iter([items[i] for i in range(self.length(obj))])
 
     def keys(self, obj: fx.Proxy) -> Any:
         """Iterate over the keys of a dict."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from reparam.errors import InputError, ModelError, near_matches
 from reparam.passes.skeleton import canonical_names, named_tensors
@@ -87,7 +87,7 @@ def check_model(model: Any, values: bool = True) -> None:
 
 def _check_tensors(model: nn.Module, name: str, values: bool) -> None:
     for path, tensor in named_tensors(model):
-        if isinstance(tensor, UninitializedTensorMixin):
+        if isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
             raise ModelError(f"{path} is not initialised (a lazy module); run the model once before expanding it")
         if tensor.is_quantized:
             raise ModelError(f"{path} is quantized; expand the model before quantizing it")

@@ -131,7 +131,7 @@ def join(s: Any, t: Any, maps: Callable[[Tensor, Tensor], Maps]) -> Value:
         return items if type(s) is list else tuple(items)
     if isinstance(s, bool) and s != t:
         raise Refuse("a condition on sizes differs")
-    if isinstance(s, (int, float)) and not isinstance(s, bool) and s != t:
+    if isinstance(s, (int, float)) and s != t:
         return Int(s, t)
     return s
 

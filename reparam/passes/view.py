@@ -80,12 +80,16 @@ def _narrow(teacher: Teacher, name: str, own: set[str]) -> Tensor:
     if name in own:
         return teacher.get_submodule(f"{STATISTICS}.{path}" if path else STATISTICS)._buffers[leaf]  # type: ignore[return-value]
     holder = teacher.get_submodule(path)
-    tensor = holder._parameters.get(leaf)
+    tensor: Tensor | None = holder._parameters.get(leaf)
     if tensor is None:
         tensor = holder._buffers[leaf]
     assert tensor is not None
     param_map = teacher.plan.params.get(name)
-    return tensor if param_map is None else param_map.narrow(tensor)
+    if param_map is None:
+        return tensor
+    value = param_map.narrow(tensor)
+    # torch's CPU batch norm ignores the stride of its weight in the backward of an [N, C] input.
+    return value.contiguous() if value.dim() == 1 else value
 
 
 class StudentView(nn.Module):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -82,14 +84,27 @@ def rewrite(
             value = shared[key]
         return value
 
+    def unpack(value: Any) -> Any:
+        """Take the items out of a node whose value is a tuple, list or dict, so that one of them can change."""
+        whole = known.get(value) if isinstance(value, fx.Node) else None
+        if not isinstance(whole, (tuple, list, dict)):
+            return value
+        keys = list(whole) if isinstance(whole, dict) else range(len(whole))
+        items = {key: new.call_function(operator.getitem, (value, key)) for key in keys}
+        known.update({item: whole[key] for key, item in items.items()})
+        if isinstance(whole, dict):
+            return items
+        return list(items.values()) if isinstance(whole, list) else _Tuple(items.values())
+
+    known: dict[fx.Node, Any] = {}
     for node in graph.nodes:
         edit: EditPlan = edits.get(key_of(node)) or EditPlan()
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])
         holder: dict[str, Any] = {"args": _mutable(args), "kwargs": _mutable(kwargs)}
         for path, value in edit.constants:
-            _write(holder, path, lambda _old, v=value: v)
+            _write(holder, path, functools.partial(_constant, value), unpack)
         for path, todo in edit.steps:
-            _write(holder, path, lambda old, t=todo: insert(old, t))
+            _write(holder, path, functools.partial(insert, todo=todo), unpack)
         if node.op == "output":
             env[node] = new.output(_final(holder["args"])[0])
             break
@@ -97,7 +112,12 @@ def rewrite(
         copied = new.create_node(node.op, node.target, args, kwargs, node.name, node.type)
         copied.meta.update({k: v for k, v in node.meta.items() if k in ("module", "source")})
         env[node] = insert(copied, edit.out)
+        known[env[node]] = node.meta.get("val")
     return new, env
+
+
+def _constant(value: Any, _old: Any) -> Any:
+    return value
 
 
 def _mutable(value: Any) -> Any:
@@ -123,16 +143,18 @@ def _final(value: Any) -> Any:
     return value
 
 
-def _write(holder: Any, path: tuple[Any, ...], change: Callable[[Any], Any]) -> None:
+def _write(
+    holder: Any, path: tuple[Any, ...], change: Callable[[Any], Any], unpack: Callable[[Any], Any] = lambda node: node
+) -> None:
     head, *rest = path
     if rest:
-        inner = holder.get(head) if isinstance(holder, dict) else holder[head]
+        inner = holder[head] = unpack(holder.get(head) if isinstance(holder, dict) else holder[head])
         if isinstance(inner, slice):
             parts = {n: getattr(inner, n) for n in ("start", "stop", "step")}
             parts[rest[0]] = change(parts[rest[0]])
             holder[head] = slice(parts["start"], parts["stop"], parts["step"])
             return
-        _write(inner, tuple(rest), change)
+        _write(inner, tuple(rest), change, unpack)
     elif isinstance(holder, dict):
         holder[head] = change(holder.get(head))
     else:

@@ -2,6 +2,8 @@
 
 from reparam.passes.rules import (
     broadcast,
+    creation,
+    indexing,
     linear,
     matmul,
     movement,
@@ -13,4 +15,7 @@ from reparam.passes.rules import (
     spatial,
 )
 
-__all__ = ["broadcast", "linear", "matmul", "movement", "norm", "pointwise", "query", "reduction", "shapes", "spatial"]
+__all__ = [
+    "broadcast", "creation", "indexing", "linear", "matmul", "movement", "norm", "pointwise", "query", "reduction",
+    "shapes", "spatial",
+]  # fmt: skip

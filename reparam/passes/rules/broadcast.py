@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from reparam.ops.maps import Maps, ReplicaMap
 from reparam.passes.call import At, Call
 from reparam.passes.registry import rule
-from reparam.passes.values import Free, Pair, Refuse, Value, student, walk
+from reparam.passes.values import Free, Int, Pair, Refuse, Value, student, walk
 
 _NAMES = """
     add sub subtract mul multiply div divide true_divide floor_divide remainder fmod pow float_power maximum
@@ -48,11 +48,16 @@ def broadcast(call: Call, *args: Value, **kwargs: Value) -> Value:
     places += [At(("kwargs", *p)) for p, leaf in walk(call.kwargs) if isinstance(leaf, (Pair, Free))]
     if not places:
         return call.result()
-    maps = _agree(call, places)
+    for holder, values in (("args", list(call.args)), ("kwargs", call.kwargs)):
+        for path, leaf in list(walk(values)):
+            if isinstance(leaf, Int):
+                # A number of channels is the student's where it meets values.
+                call.narrow_int(At((holder, *path)))
+    maps = agree(call, places)
     return call.result(lambda s, _t: maps)
 
 
-def _agree(call: Call, places: list[At]) -> Maps:
+def agree(call: Call, places: list[At]) -> Maps:
     """Choose the result's maps and give each tensor its part of them."""
     rank = max(student(call.get(place)).dim() for place in places)
     chosen: Maps = {}

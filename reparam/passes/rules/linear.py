@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
 from reparam.ops.maps import ReplicaMap
 from reparam.passes.call import Call
+from reparam.passes.records import note_attribute, record_layer
 from reparam.passes.registry import rule
 from reparam.passes.values import Pair, Refuse, Value, student
 
@@ -24,13 +26,13 @@ def _meta(node: Any) -> Any:
 
 def _mixes_conv(node: fx.Node) -> bool:
     weight = _meta(_argument(node, 1, "weight", None))
-    groups = _argument(node, 6, "groups", 1)
+    groups = _meta(_argument(node, 6, "groups", 1))
     return not (isinstance(weight, Tensor) and isinstance(groups, int) and groups > 1 and weight.shape[1] == 1)
 
 
 def _mixes_transposed(node: fx.Node) -> bool:
     weight = _meta(_argument(node, 1, "weight", None))
-    groups = _argument(node, 6, "groups", 1)
+    groups = _meta(_argument(node, 6, "groups", 1))
     return not (isinstance(weight, Tensor) and isinstance(groups, int) and groups > 1 and weight.shape[0] == groups)
 
 
@@ -45,7 +47,7 @@ def _channel_dim(call: Call, spatial: int) -> int:
     """The channel dimension of a batched or unbatched input; contracts every other mapped dimension."""
     x = call.pair("input")
     channel = x.ndim - spatial - 1
-    call.narrow("input", [d for d in x.maps if d != channel])
+    call.narrow("input", [d for d in x.maps if d != channel], "replicas along the dimensions that it slides over")
     return channel
 
 
@@ -61,10 +63,11 @@ def conv(
     groups: Value = 1,
 ) -> Value:
     """Convolution, weight [O, I / groups, ...]."""
-    shape = student(weight).shape
+    shape, groups = student(weight).shape, student(groups)
     channel = _channel_dim(call, len(shape) - 2)
     if groups > 1 and shape[1] == 1:
         return _depthwise(call, channel, groups, shape[0] // groups, weight_dim=0)
+    call.narrow_int("groups")
     phi_in = _group_inputs(call, channel, groups)
     return _dense(call, channel, groups, out_dim=0, in_dim=1, inner=phi_in, outputs=shape[0])
 
@@ -90,10 +93,11 @@ def conv_transpose(
     dilation: Value = 1,
 ) -> Value:
     """Transposed convolution, weight [I, O / groups, ...]."""
-    shape = student(weight).shape
+    shape, groups = student(weight).shape, student(groups)
     channel = _channel_dim(call, len(shape) - 2)
     if groups > 1 and shape[0] == groups:
         return _depthwise(call, channel, groups, shape[1], weight_dim=0)
+    call.narrow_int("groups")
     _group_inputs(call, channel, groups)
     return _dense(call, channel, groups, out_dim=1, in_dim=0, inner=None, outputs=shape[1] * groups)
 
@@ -115,8 +119,8 @@ def _group_inputs(call: Call, channel: int, groups: int) -> ReplicaMap | None:
     if phi is None or groups == 1:
         return phi
     inner = phi.same_blocks(groups)
-    if inner is None and phi.uniform is not None:
-        phi = ReplicaMap.repeat(phi.size, phi.uniform)
+    if inner is None:
+        phi = ReplicaMap.repeat(phi.size, int(phi.counts.max()))
         call.align("input", channel, phi)
         inner = phi.same_blocks(groups)
     if inner is None:
@@ -163,8 +167,6 @@ def _ungrouped(inner: ReplicaMap | None, groups: int, size: int) -> ReplicaMap:
         return ReplicaMap.identity(size)
     if groups == 1:
         return inner
-    import numpy as np
-
     return ReplicaMap(np.concatenate([inner.index + g * inner.size for g in range(groups)]), size)
 
 
@@ -185,9 +187,11 @@ def _depthwise(call: Call, channel: int, groups: int, multiplier: int, weight_di
     weight = call.match("weight", {} if phi_weight is None else {weight_dim: phi_weight})
     phi_out = ReplicaMap.identity(groups * multiplier) if phi is None else phi.outputs(multiplier)
     _bias(call, phi_out)
-    if phi is not None:
-        call.set("groups", len(phi))
-        call.planner.note_attribute(_argument(call.node, 1, "weight", None), "groups", len(phi))
+    if phi is None:
+        call.narrow_int("groups")
+    else:
+        call.resize("groups", len(phi))
+        note_attribute(call.planner, _argument(call.node, 1, "weight", None), "groups", len(phi))
     value = call.result({channel: phi_out})
     _record(call, weight, channel, weight_dim, weight_dim)
     return value
@@ -200,4 +204,4 @@ def _record(call: Call, weight: Pair, channel: int, out_dim: int, in_dim: int) -
     positions = result.numel() // max(result.shape[channel] * batch, 1)
     counts = (positions * weight.s.numel(), positions * weight.t.numel())
     source = _argument(node, 1, "weight", None)
-    call.planner.record_layer(node, node.all_input_nodes[0], source, weight, (out_dim, in_dim), counts)
+    record_layer(call.planner, node, node.all_input_nodes[0], source, weight, (out_dim, in_dim), counts)

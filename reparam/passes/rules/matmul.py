@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from reparam.ops.maps import Maps, ReplicaMap
+from reparam.ops.steps import Scale
 from reparam.passes.call import At, Call, counts_scale
 from reparam.passes.registry import rule
 from reparam.passes.rules.linear import output_map
@@ -24,7 +25,7 @@ def einsum(call: Call, equation: Value, *operands: Value) -> Value:
         At(("args", k)) for k in range(1, len(call.args))
     ]  # fmt: skip
     letters, output = _letters(call, equation, places)
-    maps = _sum_product(call, places, letters, output)
+    maps = sum_product(call, places, letters, output)
     return call.result(maps)
 
 
@@ -46,7 +47,7 @@ def _letters(call: Call, equation: str, places: list[At]) -> tuple[list[str], st
     return result, right.replace("...", "".join(reversed(spare[:longest])))
 
 
-def _sum_product(call: Call, places: list[At], letters: list[str], output: str) -> Maps:
+def sum_product(call: Call, places: list[At], letters: list[str], output: str) -> Maps:
     """Give every letter one map in all operands and divide by the counts of the summed letters.
 
     A parameter takes its share of the division into itself where one letter of it is summed.
@@ -122,7 +123,7 @@ def _map_of(call: Call, places: list[At], letters: list[str], letter: str) -> Re
 
 
 def _product(call: Call, first: Any, second: Any, left: str, right: str, output: str) -> Value:
-    return call.result(_sum_product(call, [first, second], [left, right], output))
+    return call.result(sum_product(call, [first, second], [left, right], output))
 
 
 @rule(
@@ -157,18 +158,32 @@ def outer(call: Call, input: Value, vec2: Value) -> Value:
     return _product(call, "input", "vec2", "i", "j", "ij")
 
 
-@rule(torch.addmm, "addmm", torch.baddbmm, "baddbmm", mixing=True)
+@rule(torch.addmm, "addmm", mixing=True)
 def addmm(call: Call, input: Value, mat1: Value, mat2: Value, *, beta: Value = 1, alpha: Value = 1) -> Value:
-    """``beta input + alpha mat1 @ mat2``: the factors must stay inside, so summed maps are contracted."""
-    a = call.pair("mat1")
-    if isinstance(call.get("mat2"), Free) and a.ndim == 2:
-        wanted = {1: output_map(call, student(mat2).shape[1])}
-        if 1 in a.maps:
-            wanted[0] = a.maps[1]
-        weight = call.weight("mat2", wanted, 1, 0)
-        call.align("mat1", 1, weight.maps.get(0))
-        maps = {d: m for d, m in {0: call.pair("mat1").maps.get(0), 1: weight.maps.get(1)}.items() if m is not None}
-        size = student(input).dim()
-        call.match("input", {d - 2 + size: m for d, m in maps.items() if d - 2 + size >= 0})
-        return call.result(maps)
-    raise Refuse("an addition of a product of two mapped matrices")
+    """``beta input + alpha mat1 @ mat2``."""
+    return _add_product(call, "mat1", "mat2", ["ik", "kj"], "ij")
+
+
+@rule(torch.baddbmm, "baddbmm", mixing=True)
+def baddbmm(call: Call, input: Value, batch1: Value, batch2: Value, *, beta: Value = 1, alpha: Value = 1) -> Value:
+    """``beta input + alpha batch1 @ batch2``."""
+    return _add_product(call, "batch1", "batch2", ["bik", "bkj"], "bij")
+
+
+def _add_product(call: Call, first: str, second: str, letters: list[str], output: str) -> Value:
+    """The division by the counts of the summed maps goes into alpha."""
+    maps = sum_product(call, [At(call.path(first)), At(call.path(second))], letters, output)
+    factor = 1.0
+    for step in call.edit.out:
+        if not isinstance(step, Scale) or step.dim is not None:
+            raise Refuse("a factor of its own for each index")
+        factor *= step.factors[0]
+    call.edit.out.clear()
+    if factor != 1.0:
+        alpha = call.get("alpha")
+        call.set("alpha", (1 if alpha is None else student(alpha)) * factor)
+    rank, size = len(output), student(call.get("input")).dim()
+    shape = student(call.get("input")).shape
+    own = {d - rank + size: m for d, m in maps.items() if d - rank + size >= 0}
+    call.match("input", {d: m for d, m in own.items() if shape[d] == m.size})
+    return call.result(maps)

@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import fx
 
 from reparam.ops.maps import Maps, ReplicaMap
 from reparam.passes.call import Call, counts_scale
 from reparam.passes.intrinsics import spectral_normalize
+from reparam.passes.records import note_statistic
 from reparam.passes.registry import rule
-from reparam.passes.values import Free, Pair, Refuse, Value, student
+from reparam.passes.values import Free, Pair, Refuse, Value, student, teacher
 
 
 def _per_channel(call: Call, maps: Maps, *names: str) -> None:
     for name in names:
         if call.get(name) is not None:
             call.match(name, maps)
+
+
+def statistics_of(node: fx.Node) -> list[Any]:
+    """Return the graph arguments of a node that are running statistics."""
+    if node.op != "call_function" or node.target not in _WITH_STATISTICS:
+        return list(node.args[1:3]) if node.target is spectral_normalize else []
+    found = [*node.args[1:3], node.kwargs.get("running_mean"), node.kwargs.get("running_var")]
+    return [source for source in found if isinstance(source, fx.Node)]
+
+
+_WITH_STATISTICS = (F.batch_norm, torch.batch_norm, F.instance_norm, torch.instance_norm)
 
 
 def _note_statistics(call: Call, *names: str) -> None:
@@ -28,7 +42,7 @@ def _note_statistics(call: Call, *names: str) -> None:
         holder = call.node.args if kind == "args" else call.node.kwargs
         source = holder[key] if kind == "args" else holder.get(key)
         if source is not None and call.get(name) is not None:
-            call.planner.note_statistic(source)
+            note_statistic(call.planner, source)
 
 
 @rule(F.batch_norm, torch.batch_norm)
@@ -48,8 +62,8 @@ def batch_norm(
     keeps = running_mean is not None
     # The unbiased running variance depends on the number of values, so replicas on other dimensions may not
     # reach it; without running statistics mean and biased variance are the same over replicas.
-    call.narrow("input", [d for d in x.maps if d != 1 and (keeps or x.maps[d].uniform is None)])
-    x = call.pair("input")
+    inner = [d for d in x.maps if d != 1 and (keeps or x.maps[d].uniform is None)]
+    x = call.narrow("input", inner, "replicas along dimensions that it takes statistics of")
     channel = {0: x.maps[1]} if 1 in x.maps else {}
     _per_channel(call, channel, "running_mean", "running_var", "weight", "bias")
     _note_statistics(call, "running_mean", "running_var")
@@ -70,8 +84,7 @@ def instance_norm(
 ) -> Value:
     """Instance norm over dimension 1."""
     x = call.pair("input")
-    call.narrow("input", [d for d in x.maps if d > 1])
-    x = call.pair("input")
+    x = call.narrow("input", [d for d in x.maps if d > 1], "replicas along dimensions that it takes statistics of")
     channel = {0: x.maps[1]} if 1 in x.maps else {}
     _per_channel(call, channel, "running_mean", "running_var", "weight", "bias")
     _note_statistics(call, "running_mean", "running_var")
@@ -83,11 +96,10 @@ def _last(call: Call, normalized_shape: Value) -> Maps:
     count = len(normalized_shape)
     x = call.pair("input")
     first = x.ndim - count
-    call.narrow("input", [d for d in x.maps if d >= first and x.maps[d].uniform is None])
-    x = call.pair("input")
+    x = call.even("input", range(first, x.ndim))
     inner = {d - first: m for d, m in x.maps.items() if d >= first}
-    if inner:
-        shape = tuple(len(inner[d]) if d in inner else student(n) for d, n in enumerate(normalized_shape))
+    shape = tuple(len(inner[d]) if d in inner else student(n) for d, n in enumerate(normalized_shape))
+    if tuple(teacher(normalized_shape)) != shape:
         call.set("normalized_shape", shape)
     return inner
 
@@ -108,14 +120,21 @@ def rms_norm(call: Call, input: Value, normalized_shape: Value, weight: Value = 
     return call.result(dict(call.pair("input").maps))
 
 
-@rule(F.group_norm)
+@rule(F.group_norm, torch.group_norm)
 def group_norm(
-    call: Call, input: Value, num_groups: Value, weight: Value = None, bias: Value = None, eps: Value = 1e-5
+    call: Call,
+    input: Value,
+    num_groups: Value,
+    weight: Value = None,
+    bias: Value = None,
+    eps: Value = 1e-5,
+    cudnn_enabled: Value = True,
 ) -> Value:
     """Group norm: the groups are kept; inside each group every channel must have equally many replicas."""
     x = call.pair("input")
-    call.narrow("input", [d for d in x.maps if d != 1 and (d == 0 or x.maps[d].uniform is None)])
-    x = call.pair("input")
+    call.narrow("input", [d for d in x.maps if d != 1 and x.maps[d].uniform is None], "replicas in unequal numbers")
+    call.narrow_int("num_groups")
+    x = call.even("input", [1])
     phi = x.maps.get(1)
     if phi is not None:
         blocks = phi.grouped(student(num_groups))
@@ -129,7 +148,7 @@ def group_norm(
 def local_response_norm(call: Call, input: Value, *args: Value, **kwargs: Value) -> Value:
     """A window of neighbouring channels: contracted there."""
     x = call.pair("input")
-    call.narrow("input", [d for d in x.maps if d == 1])
+    call.narrow("input", [d for d in x.maps if d == 1], "a window of neighbouring channels")
     return call.result(dict(call.pair("input").maps))
 
 
@@ -181,7 +200,7 @@ def spectral(
         ("v", 2, ReplicaMap(columns.reshape(-1), columns.size // _product(w, rest))),
     ):
         call.planner.assign_vector(call.node.args[index], phi)
-        call.planner.note_statistic(call.node.args[index])
+        note_statistic(call.planner, call.node.args[index])
         call.demand(name, {})
     value = call.result(dict(w.maps))
     for d, m in w.maps.items():

@@ -8,74 +8,106 @@ import torch
 import torch.nn.functional as F
 
 from reparam.ops.maps import Maps
-from reparam.passes.call import Call
+from reparam.passes.call import At, Call
 from reparam.passes.registry import rule
-from reparam.passes.values import Refuse, Value
+from reparam.passes.values import Free, Int, Pair, Refuse, Value, student, walk
 
 _FUNCTIONS = """
     relu relu6 elu selu celu gelu silu mish softplus softsign tanh sigmoid logsigmoid hardsigmoid hardswish
-    hardtanh hardshrink softshrink tanhshrink leaky_relu threshold rrelu dropout alpha_dropout relu_ elu_ selu_
-    celu_ hardtanh_ leaky_relu_ rrelu_ threshold_
-""".split()
-
-_TORCH = """
-    abs absolute neg negative exp exp2 expm1 log log2 log10 log1p sqrt rsqrt square reciprocal sin cos tan asin
-    acos atan sinh cosh asinh acosh atanh erf erfc erfinv sigmoid tanh relu selu celu rrelu dropout
-    alpha_dropout hardshrink floor ceil round trunc frac fix sign sgn positive nan_to_num isnan isinf isfinite
-    logical_not bitwise_not clone detach lgamma digamma sinc logit deg2rad rad2deg signbit i0 conj real
-    zeros_like ones_like full_like empty_like prelu_ threshold softsign dropout_ relu_ abs_ neg_ exp_ sqrt_
-    square_ sigmoid_ tanh_ celu_ selu_ rrelu_ alpha_dropout_ clamp_min clamp_max clamp_min_ clamp_max_
+    hardtanh hardshrink softshrink tanhshrink leaky_relu threshold relu_ elu_ selu_ celu_ hardtanh_ leaky_relu_
+    threshold_
 """.split()
 
 _METHODS = """
     abs absolute neg negative exp exp2 expm1 log log2 log10 log1p sqrt rsqrt square reciprocal sin cos tan asin
     acos atan sinh cosh asinh acosh atanh erf erfc erfinv sigmoid tanh relu hardshrink floor ceil round trunc
     frac fix sign sgn positive nan_to_num isnan isinf isfinite logical_not bitwise_not clone detach lgamma
-    digamma sinc logit float double half bfloat16 long int bool contiguous to type cpu cuda requires_grad_ relu_
-    abs_ neg_ exp_ sqrt_ square_ sigmoid_ tanh_ floor_ round_ zero_ fill_ clamp_min clamp_max clamp_min_
-    clamp_max_ reciprocal_ rsqrt_ log_
+    digamma sinc logit deg2rad rad2deg signbit i0 clamp_min clamp_max abs_ neg_ exp_ sqrt_ square_ sigmoid_
+    tanh_ relu_ floor_ round_ clamp_min_ clamp_max_ reciprocal_ rsqrt_ log_
+""".split()
+
+_TORCH = [*_METHODS, *"selu celu threshold selu_ celu_ zeros_like ones_like full_like empty_like conj real".split()]
+
+_CONVERSIONS = """
+    float double half bfloat16 long int bool contiguous cpu cuda requires_grad_ type to type_as zero_ fill_
+""".split()
+
+_DROPOUTS = """
+    dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout feature_dropout rrelu dropout_
+    alpha_dropout_ feature_dropout_ rrelu_
+""".split()
+
+_RANDOM = """
+    bernoulli rand_like randn_like randint_like normal poisson multinomial bernoulli_ normal_ uniform_ random_
+    exponential_ cauchy_ log_normal_ geometric_ trunc_normal_
 """.split()
 
 
-def _targets() -> list[Any]:
-    found: dict[Any, None] = {}
-    for holder, names in ((F, _FUNCTIONS), (torch, _TORCH), (torch.special, _TORCH), (torch._C._nn, _FUNCTIONS)):
-        for name in names:
-            function = getattr(holder, name, None)
-            if callable(function):
-                found[function] = None
-    return [*found, *dict.fromkeys(_METHODS), torch.ops.aten.silu_ if False else None]
+def _functions(holders: tuple[Any, ...], names: list[str]) -> list[Any]:
+    found = {getattr(holder, name, None): None for holder in holders for name in names}
+    return [function for function in found if callable(function)]
 
 
-@rule(*_targets())
+@rule(
+    *_functions((F, torch._C._nn), _FUNCTIONS),
+    *_functions((torch, torch.special), _TORCH),
+    *_METHODS,
+)
 def pointwise(call: Call, input: Value, *args: Value, **kwargs: Value) -> Value:
     """Any operator whose further arguments are plain numbers or dtypes."""
     maps = call.pair("input").maps
-    _plain_numbers(args, kwargs)
-    return call.result(lambda s, _t: dict(maps) if s.shape == call.pair("input").s.shape else {})
-
-
-def _plain_numbers(args: Any, kwargs: Any) -> None:
-    from reparam.passes.values import Free, Pair, walk
-
-    for path, leaf in walk([list(args), dict(kwargs)]):
+    for place, leaf in _others(call):
         if isinstance(leaf, (Pair, Free)):
-            raise Refuse(f"a tensor as argument {path} of an operator on single elements")
+            raise Refuse(f"a tensor as argument {place[1:]} of an operator on single elements")
+        if isinstance(leaf, Int):
+            call.narrow_int(place)
+    return call.result(dict(maps))
 
 
-@rule("to", "type_as", "view_as_real") if False else rule("type_as")
-def convert_like(call: Call, input: Value, other: Value) -> Value:
-    """Convert to the dtype of another tensor."""
-    return call.result(dict(call.pair("input").maps)) if call.pair("other") else None
+def _others(call: Call) -> list[tuple[At, Any]]:
+    """Places and values of all arguments but the first."""
+    positional = [(At(("args", *path)), leaf) for path, leaf in walk(call.args) if path[0] != 0]
+    return positional + [(At(("kwargs", *p)), leaf) for p, leaf in walk(call.kwargs) if p[0] != "input"]
 
 
-@rule(F.prelu, torch.prelu, torch._C._nn.prelu if hasattr(torch._C._nn, "prelu") else None, "prelu")
+@rule(*_CONVERSIONS)
+def convert(call: Call, input: Value, *args: Value, **kwargs: Value) -> Value:
+    """Another dtype, device or memory layout; a tensor among the arguments only names one."""
+    maps = dict(call.pair("input").maps)
+    for place, leaf in _others(call):
+        if isinstance(leaf, Free):
+            call.demand(place, {})
+    return call.result(maps)
+
+
+@rule(*_functions((F, torch), _DROPOUTS))
+def dropout(call: Call, input: Value, *args: Value, **kwargs: Value) -> Value:
+    """Dropout obeys the training flag; without one it is random in eval mode too and replicas would differ."""
+    inside = "prefix" in call.node.meta
+    if not inside and _always_on(call):
+        raise Refuse("random values also in eval mode")
+    return call.result(dict(call.pair("input").maps))
+
+
+def _always_on(call: Call) -> bool:
+    name = str(getattr(call.node.target, "__name__", "")).rstrip("_")
+    position, default = (3, False) if name == "rrelu" else (2, True)
+    flag = call.node.args[position] if len(call.node.args) > position else call.node.kwargs.get("training")
+    flag = call.node.kwargs.get("train", flag)
+    return default if flag is None else flag is True
+
+
+@rule(*_functions((torch, F), _RANDOM), *_RANDOM, F.gumbel_softmax)
+def random(call: Call, *args: Value, **kwargs: Value) -> Value:
+    """Random values of the shape of a tensor: drawn at student width, so that replicas agree."""
+    raise Refuse("random values")
+
+
+@rule(*_functions((F, torch, torch._C._nn), ["prelu"]), "prelu")
 def prelu(call: Call, input: Value, weight: Value) -> Value:
     """PReLU: one slope for all, or one per channel (dimension 1), which is gathered."""
     x = call.pair("input")
     channel = 1 if x.ndim > 1 else 0
-    from reparam.passes.values import student
-
     wanted: Maps = {}
     if student(weight).numel() > 1 and channel in x.maps:
         wanted = {0: x.maps[channel]}
@@ -83,17 +115,11 @@ def prelu(call: Call, input: Value, weight: Value) -> Value:
     return call.result(dict(x.maps))
 
 
-@rule(F.dropout1d, F.dropout2d, F.dropout3d, F.feature_alpha_dropout, torch.feature_dropout)
-def channel_dropout(call: Call, input: Value, *args: Value, **kwargs: Value) -> Value:
-    """Dropout of whole channels: acts on every channel by itself."""
-    return call.result(dict(call.pair("input").maps))
-
-
 @rule(F.glu, torch._C._nn.glu)
 def glu(call: Call, input: Value, dim: Value = -1) -> Value:
     """Gated linear unit: the two halves of ``dim`` must have the same map."""
-    x = call.pair("input")
-    axis = dim % x.ndim
+    axis = dim % call.pair("input").ndim
+    x = call.even("input", [axis])
     phi = x.maps.get(axis)
     maps = dict(x.maps)
     if phi is not None:
@@ -102,8 +128,3 @@ def glu(call: Call, input: Value, dim: Value = -1) -> Value:
             raise Refuse("the two halves of its input have different layouts")
         maps[axis] = inner
     return call.result(maps)
-
-
-__all__ = """
-    glu nn pointwise prelu
-""".split()

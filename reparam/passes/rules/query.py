@@ -9,26 +9,25 @@ from collections import OrderedDict
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from reparam.passes.call import Call
 from reparam.passes.registry import rule
-from reparam.passes.values import Free, Pair, Refuse, Value, join, transform
+from reparam.passes.values import Free, Pair, Refuse, Value, join
 
 
 @rule(getattr)
 def attribute(call: Call, value: Value, name: Value) -> Value:
     """``x.shape``, ``x.device``, ``x.dtype``, ``x.T``."""
+    if isinstance(value, tuple):
+        # A field of a named tuple: ``x.max(1).values``.
+        fields = call.node.args[0].meta["val"]
+        return next(item for item, field in zip(value, fields, strict=True) if field is getattr(fields, name))
     pair = call.pair("value")
     if name in ("shape", "device", "dtype", "ndim", "layout", "is_cuda", "requires_grad", "itemsize"):
         return join(call.s, getattr(pair.t, name), lambda _s, _t: {})
     if name in ("T", "mT"):
-        maps = {pair.ndim - 1 - d if d >= pair.ndim - 2 or name == "T" else d: m for d, m in pair.maps.items()}
-        if name == "mT":
-            maps = {
-                {pair.ndim - 1: pair.ndim - 2, pair.ndim - 2: pair.ndim - 1}.get(d, d): m for d, m in pair.maps.items()
-            }
-        return call.result(maps)
+        first = 0 if name == "T" else pair.ndim - 2
+        return call.result({first + pair.ndim - 1 - d if d >= first else d: m for d, m in pair.maps.items()})
     if name == "data":
         return call.result(dict(pair.maps))
     raise Refuse(f"attribute {name}")
@@ -48,13 +47,11 @@ def size_function(call: Call, input: Value) -> Value:
     return call.result()
 
 
-_ARITHMETIC = [
+@rule(
     math.ceil, math.floor, math.sqrt, math.prod, math.log, math.log2, builtins.int, builtins.float, builtins.len,
-    builtins.round, builtins.sum, builtins.max, builtins.min, operator.floordiv, operator.index,
-]  # fmt: skip
-
-
-@rule(*[f for f in _ARITHMETIC if f is not operator.floordiv], torch.Size, torch.sym_int, torch.sym_float)
+    builtins.round, builtins.sum, builtins.max, builtins.min, operator.index, torch.Size, torch.sym_int,
+    torch.sym_float,
+)  # fmt: skip
 def arithmetic(call: Call, *args: Value, **kwargs: Value) -> Value:
     """Arithmetic on sizes: done in each world."""
     if any(isinstance(leaf, (Pair, Free)) for leaf in [*args, *kwargs.values()]):
@@ -77,10 +74,3 @@ def assertion(call: Call, condition: Value, message: Value = "") -> Value:
         raise Refuse("an assertion about a tensor")
     return None
 
-
-def constants(value: Any) -> Any:
-    """Return plain numbers of the teacher's world."""
-    return transform(value, lambda leaf: getattr(leaf, "t", leaf))
-
-
-__all__ = ["Tensor", "arithmetic", "attribute", "constants", "container", "size"]

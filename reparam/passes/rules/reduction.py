@@ -9,9 +9,10 @@ import torch.nn.functional as F
 
 from reparam.ops.maps import Maps
 from reparam.ops.steps import Scale
-from reparam.passes.call import Call
+from reparam.passes.call import At, Call
 from reparam.passes.registry import rule
-from reparam.passes.values import Refuse, Value
+from reparam.passes.rules.broadcast import agree, broadcast
+from reparam.passes.values import Free, Pair, Refuse, Value
 
 
 def _axes(dim: Any, rank: int) -> list[int]:
@@ -72,16 +73,13 @@ def mean(call: Call, input: Value, dim: Value = None, keepdim: Value = False, *,
 def sum_(call: Call, input: Value, dim: Value = None, keepdim: Value = False, *, dtype: Value = None) -> Value:
     """Sum: r times too large over r replicas."""
     if not call.s.is_floating_point():
-        raise Refuse("a sum of integers over replicas")
+        return _indexed(call, dim, keepdim, "a sum of integers over replicas")
     return _reduce(call, dim, keepdim, power=1.0)
 
 
 @rule(torch.max, torch.min, "max", "min")
 def max_(call: Call, input: Value, *args: Value, **kwargs: Value) -> Value:
     """Maximum of all values, of two tensors, or along a dimension (its indices are positions: contracted)."""
-    from reparam.passes.rules.broadcast import broadcast
-    from reparam.passes.values import Free, Pair
-
     others = [*args, *kwargs.values()]
     if any(isinstance(value, (Pair, Free)) for value in others):
         return broadcast(call, input, *args, **kwargs)
@@ -92,10 +90,10 @@ def max_(call: Call, input: Value, *args: Value, **kwargs: Value) -> Value:
     return _indexed(call, dim, keepdim)
 
 
-def _indexed(call: Call, dim: Any, keepdim: bool) -> Value:
+def _indexed(call: Call, dim: Any, keepdim: bool, reason: str = "positions along a widened dimension") -> Value:
     x = call.pair("input")
     axes = _axes(dim, x.ndim)
-    call.narrow("input", [d for d in axes if d in x.maps])
+    call.narrow("input", [d for d in axes if d in x.maps], reason)
     maps = _kept(call.pair("input").maps, axes, keepdim)
     return call.result(lambda _s, _t: maps)
 
@@ -108,77 +106,61 @@ def argmax(call: Call, input: Value, dim: Value = None, keepdim: Value = False) 
 
 @rule(
     torch.softmax, F.softmax, "softmax", torch.log_softmax, F.log_softmax, "log_softmax", F.softmin,
-    torch.cumsum, "cumsum", torch.cumprod, "cumprod", F.gumbel_softmax,
+    torch.cumsum, "cumsum", torch.cumprod, "cumprod", torch.logcumsumexp, "logcumsumexp", torch.diff, "diff",
 )  # fmt: skip
 def along(call: Call, input: Value, dim: Value = None, *args: Value, **kwargs: Value) -> Value:
     """Operators along one dimension whose replicas would change the result: contracted there."""
     x = call.pair("input")
     if dim is None:
         raise Refuse("no dimension is named")
-    call.narrow("input", [d for d in [dim % x.ndim] if d in x.maps])
+    call.narrow("input", [dim % x.ndim], "replicas along its dimension would change the result")
     return call.result(dict(call.pair("input").maps))
 
 
 @rule(torch.logsumexp, "logsumexp", torch.prod, "prod", torch.count_nonzero)
 def narrow_reduction(call: Call, input: Value, dim: Value = None, keepdim: Value = False, **kwargs: Value) -> Value:
     """Reductions that count the replicas in a nonlinear way: contracted first."""
-    return _indexed(call, dim, keepdim)
+    return _indexed(call, dim, keepdim, "replicas along its dimension would change the result")
 
 
-@rule(torch.var, "var", torch.std, "std")
+@rule(torch.var, "var", torch.std, "std", torch.var_mean, torch.std_mean)
 def var(
     call: Call,
     input: Value,
     dim: Value = None,
-    unbiased: Value = True,
+    unbiased: Value = None,
     keepdim: Value = False,
     *,
     correction: Value = None,
 ) -> Value:
-    """Variance and standard deviation; the unbiased ones over n values and r replicas have factors of their own."""
+    """Variance and standard deviation; over r replicas the sum of squares is r times the student's.
+
+    ``r S / (r N - r c)`` is the student's ``S / (N - c)``: the correction c becomes r c, for every number N of values.
+    """
     x = call.pair("input")
+    flag = dim if isinstance(dim, bool) else unbiased
     axes = _axes(None if isinstance(dim, bool) else dim, x.ndim)
     ratio = _even(call, axes)
-    ddof = _correction(call, dim, unbiased, correction)
-    if ratio > 1 and ddof:
-        sizes = [call.pair("input").s.shape[d] for d in axes]
-        mapped = [d for d in axes if d in call.pair("input").maps]
-        # The factor depends on the number of values; only where all of them are channels is that a constant.
-        if len(mapped) != len(axes) or ddof != 1 or sizes[0] < 2 or len(axes) != 1:
-            call.narrow("input", mapped)
+    degrees = correction if correction is not None else int(flag is not False)
+    if ratio > 1 and degrees:
+        if flag is None:
+            call.set("correction", degrees * ratio)
         else:
-            n = sizes[0]
-            factor = (n * ratio - 1) / ((n - 1) * ratio)
-            is_std = str(getattr(call.node.target, "__name__", call.node.target)) == "std"
-            call.scale_out(Scale((factor**0.5 if is_std else factor,)))
-    maps = _kept(call.pair("input").maps, axes, keepdim)
-    return call.result(lambda _s, _t: maps)
-
-
-def _correction(call: Call, dim: Any, unbiased: Any, correction: Any) -> int:
-    if correction is not None:
-        return int(correction)
-    return int(bool(dim)) if isinstance(dim, bool) else int(bool(unbiased))
-
-
-@rule(torch.var_mean, torch.std_mean)
-def var_mean(call: Call, input: Value, dim: Value = None, *args: Value, **kwargs: Value) -> Value:
-    """Variance and mean together: contracted where the variance is unbiased."""
-    x = call.pair("input")
-    axes = _axes(None if isinstance(dim, bool) else dim, x.ndim)
-    biased = kwargs.get("correction") == 0 or kwargs.get("unbiased") is False or (bool(args) and args[0] is False)
-    if biased:
-        _even(call, axes)
-    else:
-        call.narrow("input", [d for d in axes if d in x.maps])
-    keepdim = bool(kwargs.get("keepdim", args[1] if len(args) > 1 else False))
+            mapped = [d for d in axes if d in call.pair("input").maps]
+            call.narrow("input", mapped, "an unbiased variance over replicas")
     maps = _kept(call.pair("input").maps, axes, keepdim)
     return call.result(lambda _s, _t: maps)
 
 
 @rule(torch.norm, "norm", torch.functional.norm)
 def norm(
-    call: Call, input: Value, p: Value = 2, dim: Value = None, keepdim: Value = False, dtype: Value = None
+    call: Call,
+    input: Value,
+    p: Value = 2,
+    dim: Value = None,
+    keepdim: Value = False,
+    dtype: Value = None,
+    out: Value = None,
 ) -> Value:
     """p-norm: over r replicas r**(1/p) times the student's."""
     return _reduce(call, dim, keepdim, power=_norm_power(p))
@@ -213,3 +195,18 @@ def normalize(call: Call, input: Value, p: Value = 2.0, dim: Value = 1, eps: Val
         call.set("eps", eps * factor)
         call.scale_out(Scale((factor,)))
     return call.result(dict(call.pair("input").maps))
+
+
+@rule(F.cosine_similarity, torch.cosine_similarity)
+def cosine_similarity(call: Call, x1: Value, x2: Value, dim: Value = 1, eps: Value = 1e-8) -> Value:
+    """Product over the norms: r over sqrt(r) sqrt(r); the smallest norm has the factor sqrt(r)."""
+    places = [At(call.path("x1")), At(call.path("x2"))]
+    maps = agree(call, places)
+    rank = call.s.dim() + 1
+    axis = dim % rank
+    phi = maps.pop(axis, None)
+    if phi is not None:
+        if phi.uniform is None:
+            raise Refuse("a product over unequally many replicas")
+        call.set("eps", eps * float(phi.uniform) ** 0.5)
+    return call.result({d - (d > axis): m for d, m in maps.items()})

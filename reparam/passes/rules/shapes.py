@@ -15,7 +15,7 @@ from reparam.ops.maps import Maps
 from reparam.passes.call import At, Call
 from reparam.passes.registry import rule
 from reparam.passes.rules.movement import find_maps
-from reparam.passes.values import Free, Int, Pair, Refuse, Value, is_wide, student, walk
+from reparam.passes.values import Free, Pair, Refuse, Value, is_wide, student, walk
 
 
 def _reshaped(call: Call, x: Pair) -> Value:
@@ -114,11 +114,13 @@ def _with_sizes(call: Call, x: Pair, sizes: tuple[Value, ...], kwargs: dict[str,
     shape = list(call.s.shape)
     for candidate in reshape_sizes(x, shape):
         saved = (list(call.args), dict(call.kwargs), dict(call.edit.constants))
+        steps = {path: list(todo) for path, todo in call.edit.steps.items()}
         try:
             _write_sizes(call, shape, candidate)
             return _reshaped(call, x)
         except Refuse:
-            call.args, call.kwargs, call.edit.constants = saved[0], saved[1], saved[2]
+            call.args, call.kwargs, call.edit.constants = saved
+            call.edit.steps = steps
     raise refusal
 
 
@@ -139,12 +141,5 @@ def _write_sizes(call: Call, shape: list[int], candidate: list[int]) -> None:
     else:
         pairs = [(At(("args", 1 + k)), k) for k in range(len(shape))]
     for place, k in pairs:
-        current = call.get(place)
-        if student(current) == -1:
-            continue
-        if isinstance(current, Int) and current.t == candidate[k]:
-            continue
-        if isinstance(current, Int) and current.s == candidate[k]:
-            call.narrow_int(place)
-        elif student(current) != candidate[k]:
-            call.set(place, candidate[k])
+        if student(call.get(place)) != -1:
+            call.resize(place, candidate[k])

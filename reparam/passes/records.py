@@ -1,0 +1,105 @@
+"""Notes that rules leave for the plan: layers, running statistics, module attributes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, fx
+
+from reparam.passes.state import Layer, operator_name
+from reparam.passes.values import Pair
+
+if TYPE_CHECKING:
+    from reparam.passes.planner import Planner
+
+
+def note_statistic(planner: Planner, source: Any) -> None:
+    """Mark the buffers of the module that owns a running statistic: the student keeps its own."""
+    name = planner.name_of(source) if isinstance(source, fx.Node) else None
+    if name is None:
+        return
+    path = name.rpartition(".")[0]
+    for buffer, _tensor in planner.capture.root.get_submodule(path).named_buffers(recurse=False):
+        planner.state.statistics.add(f"{path}.{buffer}" if path else buffer)
+
+
+def note_statistics(planner: Planner) -> None:
+    """Mark the running statistics of norms that keep their width: teacher and student still have their own."""
+    from reparam.passes.rules.norm import statistics_of
+
+    for node in planner.capture.graph.nodes:
+        for source in statistics_of(node):
+            note_statistic(planner, source)
+        if node.op != "call_module":
+            continue
+        for path, module in planner.capture.root.get_submodule(str(node.target)).named_modules():
+            own = dict(module.named_buffers(recurse=False))
+            if "running_mean" in own or "running_var" in own:
+                prefix = f"{node.target}.{path}" if path else str(node.target)
+                planner.state.statistics |= {planner.names[f"{prefix}.{name}"] for name in own}
+
+
+def note_attribute(planner: Planner, source: Any, attribute: str, value: Any) -> None:
+    """Note that the module which owns a parameter states another constant now (``groups``)."""
+    name = planner.name_of(source) if isinstance(source, fx.Node) else None
+    if name is None:
+        return
+    path = name.rpartition(".")[0]
+    if hasattr(planner.capture.root.get_submodule(path), attribute):
+        planner.state.attributes[f"{path}.{attribute}" if path else attribute] = value
+
+
+def weight_name(planner: Planner, source: Any) -> str | None:
+    """Return the name of the (largest) parameter behind the weight of a linear operator."""
+    if not isinstance(source, fx.Node):
+        return None
+    found: dict[str, int] = {}
+    stack, seen = [source], set()
+    while stack:
+        node = stack.pop()
+        seen.add(node)
+        name = planner.name_of(node)
+        if name is not None and isinstance(node.meta["val"], Tensor):
+            found[name] = node.meta["val"].numel()
+        stack += [n for n in node.all_input_nodes if n not in seen and n.op != "placeholder"]
+    return max(found, key=lambda n: found[n]) if found else None
+
+
+def record_layer(
+    planner: Planner,
+    node: fx.Node,
+    data: fx.Node,
+    source: Any,
+    weight: Pair,
+    dims: tuple[int, int],
+    multiply_adds: tuple[int, int],
+) -> None:
+    """Note what became of the weight of a linear operator (several calls of one weight count once).
+
+    Args:
+        planner: the planner.
+        node: the operator.
+        data: its data input.
+        source: the graph argument that is its weight.
+        weight: the weight in both worlds.
+        dims: output and input dimension of the weight.
+        multiply_adds: of one sample, in the student and in the teacher.
+    """
+    name = weight_name(planner, source)
+    if name is None:
+        return
+    ends = node not in planner.reaches_mixing
+    outputs, inputs = (d in weight.maps for d in dims)
+    outside = data in planner.from_input
+    reasons = [planner.ignored[name]] if name in planner.ignored else []
+    reasons += [] if inputs else ["input of the network" if outside else "its input is at student width"]
+    reasons += [] if outputs else ["output of the network" if ends else "its output is at student width"]
+    earlier = planner.state.layers.get(name)
+    counted = (earlier.multiply_adds, earlier.wide_multiply_adds) if earlier else (0, 0)
+    planner.state.layers[name] = Layer(
+        name, operator_name(node), node.name, node.meta.get("source", ""),
+        tuple(weight.s.shape), tuple(weight.t.shape),
+        (inputs or outside) and (earlier is None or earlier.inputs),
+        (outputs or ends) and (earlier is None or earlier.outputs),
+        "; ".join(reasons), counted[0] + multiply_adds[0], counted[1] + multiply_adds[1],
+    )  # fmt: skip

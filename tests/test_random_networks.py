@@ -1,0 +1,99 @@
+"""Networks that nobody wrote: every law must hold for all of them.
+
+The default run draws 200 networks, the same ones every time, so that a red run means a change in the code. The
+thorough run draws 10,000 others: ``pytest -m thorough tests/test_random_networks.py``. To look at one network of
+benchmarks/random_networks.py: ``python benchmarks/random_networks.py --only 1234``.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, event, given, note, settings, target
+from hypothesis import strategies as st
+from random_checks import Mismatch, check, failure, kinds
+from random_networks import OPS, Program, Step, program_of, programs, shrink
+
+RATIOS = st.sampled_from((2, 3, 4))
+COMMON = {
+    "deadline": None, "print_blob": True, "database": None,
+    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
+}  # fmt: skip
+CI = settings(max_examples=int(os.environ.get("RANDOM_NETWORKS", "200")), derandomize=True, **COMMON)
+THOROUGH = settings(max_examples=10_000, derandomize=False, phases=(Phase.generate, Phase.shrink), **COMMON)
+
+
+def laws(program: Program, ratio: int) -> float:
+    note(f"ratio {ratio}\n{program}")
+    outcome = check(program, ratio)
+    target(outcome.coverage, label="coverage")
+    event(f"coverage {'0' if not outcome.coverage else 'up to ' + format(-(-outcome.coverage // 0.25) / 4, '.0%')}")
+    event(f"compared in train mode: {outcome.train is not None}")
+    event(f"compared at another resolution: {outcome.resolution}")
+    event(f"any parameter widened: {outcome.widened}")
+    return outcome.coverage
+
+
+def test_random_networks_obey_every_law() -> None:
+    covered: list[float] = []
+
+    @CI
+    @given(programs(), RATIOS)
+    def run(program: Program, ratio: int) -> None:
+        covered.append(laws(program, ratio))
+
+    with torch.random.fork_rng([]):
+        run()
+    widened = sum(coverage > 0 for coverage in covered)
+    assert widened >= 0.5 * len(covered), f"only {widened} of {len(covered)} networks have a widened weight"
+
+
+@pytest.mark.thorough
+@THOROUGH
+@given(programs(), RATIOS)
+def test_ten_thousand_random_networks(program: Program, ratio: int) -> None:
+    laws(program, ratio)
+
+
+# -- the strategy itself -------------------------------------------------------------------------------------------
+
+
+def test_every_operator_is_drawn() -> None:
+    seen = {step.name for seed in range(400) for step in program_of(seed).steps}
+    assert seen == set(OPS)
+
+
+def test_a_seed_means_one_network() -> None:
+    one, two = program_of(12), program_of(12)
+    assert one == two and str(one) == str(two)
+    assert all(torch.equal(a, b) for a, b in zip(one.build().parameters(), two.build().parameters(), strict=True))
+    assert program_of(13) != one
+
+
+def test_programs_print_as_programs() -> None:
+    program = Program("image", (3, 6, 6), 1, (Step("pointwise", (0,), (("f", "relu"),)), Step("pair", (0, 1))), (2,))
+    assert str(program).splitlines()[1:] == ["x1 = pointwise(x0, f='relu')", "x2 = pair(x0, x1)", "return one of x2"]
+    assert list(kinds(program)) == ["pointwise relu", "pair"]
+
+
+def test_shrinking_keeps_what_fails() -> None:
+    program = next(p for p in map(program_of, range(200)) if "norm" in [s.name for s in p.steps] and len(p.steps) > 5)
+    small = shrink(program, lambda p: any(step.name == "norm" for step in p.steps))
+    assert [step.name for step in small.steps] == ["norm"]
+
+
+def test_a_wrong_teacher_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not vacuous: a weight that is not divided by its replicas is a mismatch."""
+    from reparam.ops.params import ParamMap
+
+    monkeypatch.setattr(ParamMap, "_divisor", lambda *_: 1.0)
+    found = [failure(program_of(seed), 2) for seed in range(6)]
+    assert any(message and "differ at node" in message for message in found)
+
+
+def test_an_error_above_the_tolerance_is_a_mismatch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("random_checks.TOLERANCE", -1.0)
+    with pytest.raises(Mismatch, match="allowed"):
+        check(program_of(0), 2)
