@@ -558,7 +558,7 @@ class Cat(Op):
 
 @op
 class Modulate(Op):
-    """A vector scales and shifts an image or tokens (FiLM)."""
+    """A vector, or the mean of another value, scales and shifts an image or tokens (FiLM)."""
 
     forms = ("image", "tokens")
     arity = 2
@@ -568,14 +568,15 @@ class Modulate(Op):
         super().__init__(**o)
         self.image = x.form == "image"
         self.axes = x.dims
+        self.pooled = {"image": tuple(range(2, v.dims + 2)), "tokens": (1,), "vector": ()}[v.form]
         self.to = nn.Linear(v.channels, 2 * x.channels)
 
     @classmethod
     def draw(cls, pick: Pick, x: Value, v: Value) -> dict[str, Any] | None:
-        return {"form": pick.of(("chunk", "split", "view", "unbind"))} if v.form == "vector" else None
+        return {"form": pick.of(("chunk", "split", "view", "unbind"))}
 
     def forward(self, x: Tensor, v: Tensor) -> Tensor:
-        y, form = self.to(v), self.o["form"]
+        y, form = self.to(v.mean(self.pooled) if self.pooled else v), self.o["form"]
         if form == "chunk":
             scale, shift = y.chunk(2, dim=1)
         elif form == "split":

@@ -8,6 +8,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 import torch.nn.functional as F
 import torch.nn.utils.parametrizations as P
@@ -31,6 +32,7 @@ TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3
 BATCH = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 INSTANCE = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
 C = 8
+EVEN_SAME = (pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths"),)
 
 # -- convolutions ------------------------------------------------------------------------------------------------------
 
@@ -51,7 +53,6 @@ CONV_FORMS: dict[str, dict[str, Any]] = {
     "depthwise": dict(kernel_size=3, padding=1, groups=C),
     "depthwise-x2": dict(kernel_size=3, padding=1, groups=C, out_channels=2 * C),
     "depthwise-x3": dict(kernel_size=1, groups=C, out_channels=3 * C, bias=False),
-    "one-input-channel": dict(kernel_size=1, groups=C, out_channels=C, padding_mode="zeros"),
 }
 TRANSPOSED_FORMS: dict[str, dict[str, Any]] = {
     "plain": dict(kernel_size=3),
@@ -71,10 +72,9 @@ def _conv(kind: type[nn.Module], form: dict[str, Any]) -> nn.Module:
 
 
 CONV_ROWS = [
-    around(f"conv{d}d-{name}", lambda d=d, form=form: _conv(CONVS[d], form), dims=d)
+    around(f"conv{d}d-{name}", lambda d=d, form=form: _conv(CONVS[d], form), dims=d, marks=EVEN_SAME)
     for name, form in CONV_FORMS.items()
     for d in (1, 2, 3)
-    if d == 2 or not (d == 3 and form.get("padding_mode") == "reflect" and False)
 ] + [
     around(f"conv_transpose{d}d-{name}", lambda d=d, form=form: _conv(TRANSPOSED[d], form), dims=d)
     for name, form in TRANSPOSED_FORMS.items()
@@ -101,7 +101,7 @@ FUNCTIONAL_ROWS = [
     tokens("linear-3d", lambda x, m: m.f(x), f=lambda: nn.Linear(C, 6)),
     op("linear-2d", lambda x, m: m.f(x), dims=0, tail="linear", shape=(3,), f=lambda: nn.Linear(C, 6)),
     op("linear-4d", lambda x, m: m.f(x), dims=0, tail="linear", shape=(4, 5, 3), f=lambda: nn.Linear(C, 6, bias=False)),
-    op("linear-on-space", lambda x, m: m.f(x), "student width", dims=2, fixed=True, f=lambda: nn.Linear(8, 5)),
+    op("linear-on-space", lambda x, m: m.f(x), "slides over", dims=2, fixed=True, f=lambda: nn.Linear(8, 5)),
     op("bilinear", lambda x, m: m.f(x, x), "bilinear", dims=0, tail="linear", shape=(3,), f=lambda: nn.Bilinear(C, C, 6)),
     around("channels-last-conv", lambda: nn.Sequential(nn.Conv2d(C, C, 1)).to(memory_format=torch.channels_last)),
     op("unfold-linear", lambda x, m: m.f(F.unfold(x, 3, padding=1).transpose(1, 2)), tail="linear",
@@ -144,8 +144,8 @@ NORM_ROWS = [
     tokens("rms_norm-two-dims", lambda x, m: m.n(x), n=lambda: nn.RMSNorm((6, C), eps=1e-6)),
     tokens("F.rms_norm", lambda x, m: F.rms_norm(x, [C], m.w, 1e-5), w=(C,)),
     tokens("rms_norm-by-hand", lambda x, m: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * m.w, w=(C,)),
-    around("local_response_norm", lambda: nn.LocalResponseNorm(3), "neighbouring channels"),
-    around("cross_map_lrn", lambda: nn.CrossMapLRN2d(3), ""),
+    around("local_response_norm", lambda: nn.LocalResponseNorm(3), "slides over"),
+    around("cross_map_lrn", lambda: nn.CrossMapLRN2d(3), "no rule"),
     around("timm-BatchNormAct2d", lambda: BatchNormAct2d(C)),
     around("timm-BatchNormAct2d-silu", lambda: BatchNormAct2d(C, act_layer=nn.SiLU)),
     around("timm-FrozenBatchNormAct2d", lambda: FrozenBatchNormAct2d(C)),
@@ -173,7 +173,7 @@ ACTIVATIONS = [
 ]  # fmt: skip
 FUNCTIONS = """
     relu relu6 elu selu celu gelu silu mish softplus softsign tanh sigmoid logsigmoid hardsigmoid hardswish hardtanh
-    hardshrink softshrink tanhshrink leaky_relu rrelu relu_ elu_ selu_ celu_ leaky_relu_ hardtanh_ dropout dropout2d
+    hardshrink softshrink tanhshrink leaky_relu rrelu relu_ elu_ selu_ celu_ leaky_relu_ hardtanh_
 """.split()
 UNARY = """
     abs exp log1p sqrt rsqrt square reciprocal sin cos tanh sigmoid erf floor ceil round neg sign expm1 exp2 atan
@@ -182,10 +182,10 @@ UNARY = """
 
 POINTWISE_ROWS = [
     *[around(f"act-{k}-{a}".replace(" ", ""), lambda a=a: a) for k, a in enumerate(ACTIVATIONS)],
-    around("softmax-channels", lambda: nn.Softmax(1), "along"),
-    around("log_softmax-channels", lambda: nn.LogSoftmax(dim=1), "along"),
-    around("softmax2d", lambda: nn.Softmax2d(), "along"),
-    tokens("softmax-last", lambda x, m: x.softmax(-1), "along"),
+    around("softmax-channels", lambda: nn.Softmax(1), "would change"),
+    around("log_softmax-channels", lambda: nn.LogSoftmax(dim=1), "would change"),
+    around("softmax2d", lambda: nn.Softmax2d(), "would change"),
+    tokens("softmax-last", lambda x, m: x.softmax(-1), "would change"),
     tokens("softmax-tokens", lambda x, m: torch.softmax(x, 1)),
     tokens("F.log_softmax-tokens", lambda x, m: F.log_softmax(x, dim=-2)),
     tokens("F.softmin", lambda x, m: F.softmin(x, dim=1)),
@@ -216,7 +216,11 @@ POINTWISE_ROWS = [
     op("isnan-where", lambda x, m: torch.where(torch.isnan(x), torch.zeros_like(x), x)),
     op("masked_fill", lambda x, m: x.masked_fill(x > 0.5, 0.25)),
     op("logical", lambda x, m: x * ((x > 0) & (x < 1)) + x * torch.logical_or(x > 2, ~(x > 1))),
-    op("gumbel-softmax", lambda x, m: F.gumbel_softmax(x, dim=2)),
+    op("gumbel-softmax", lambda x, m: F.gumbel_softmax(x, dim=2), "random"),
+    op("F.dropout-always", lambda x, m: F.dropout(x, 0.3), "random"),
+    op("F.dropout2d-always", lambda x, m: F.dropout2d(x), "random"),
+    op("F.dropout-mode", lambda x, m: F.dropout(x, 0.3, m.training) + F.dropout(x, training=m.training)),
+    op("F.rrelu-mode", lambda x, m: F.rrelu(x, training=m.training)),
 ]  # fmt: skip
 
 # -- pooling, padding, resizing ----------------------------------------------------------------------------------------
@@ -224,15 +228,15 @@ POINTWISE_ROWS = [
 POOLS = {
     1: [nn.AvgPool1d(2), nn.MaxPool1d(2), nn.AdaptiveAvgPool1d(3), nn.AdaptiveMaxPool1d(3), nn.LPPool1d(2, 2)],
     2: [nn.AvgPool2d(2), nn.AvgPool2d(3, 2, 1, count_include_pad=False, ceil_mode=True), nn.MaxPool2d(3, 2, 1),
-        nn.MaxPool2d(3, 1, 2, dilation=2), nn.AdaptiveAvgPool2d(1), nn.AdaptiveAvgPool2d((3, None)),
+        nn.MaxPool2d(3, 1, 1, dilation=2), nn.AdaptiveAvgPool2d(1), nn.AdaptiveAvgPool2d((3, None)),
         nn.AdaptiveMaxPool2d(2), nn.LPPool2d(2, 2), nn.LPPool2d(3, 2, ceil_mode=True)],
     3: [nn.AvgPool3d(2), nn.MaxPool3d(2), nn.AdaptiveAvgPool3d(2), nn.AdaptiveMaxPool3d((1, 2, 2)), nn.LPPool3d(2, 2)],
 }  # fmt: skip
 
 SPATIAL_ROWS = [
     *[around(f"pool-{d}-{k}-{type(p).__name__}", lambda p=p: p, dims=d) for d in POOLS for k, p in enumerate(POOLS[d])],
-    op("fractional_max_pool2d", lambda x, m: F.fractional_max_pool2d(x, 2, output_size=4), ""),
-    op("fractional_max_pool3d", lambda x, m: F.fractional_max_pool3d(x, 2, output_size=2), "", dims=3),
+    op("fractional_max_pool2d", lambda x, m: F.fractional_max_pool2d(x, 2, output_size=4), "random regions"),
+    op("fractional_max_pool3d", lambda x, m: F.fractional_max_pool3d(x, 2, output_size=2), "random regions", dims=3),
     op("max_unpool1d", lambda x, m: F.max_unpool1d(*F.max_pool1d(x, 2, return_indices=True), 2), dims=1),
     op("max_unpool2d", lambda x, m: m.u(*m.p(x)), p=lambda: nn.MaxPool2d(2, return_indices=True), u=lambda: nn.MaxUnpool2d(2)),
     op("max_unpool2d-size", lambda x, m: m.u(*m.p(x), output_size=x.size()), fixed=False,
@@ -240,7 +244,7 @@ SPATIAL_ROWS = [
     op("max_unpool3d", lambda x, m: m.u(*m.p(x)), dims=3,
        p=lambda: nn.MaxPool3d(2, return_indices=True), u=lambda: nn.MaxUnpool3d(2)),
     op("adaptive_max_pool-indices", lambda x, m: F.adaptive_max_pool2d(x, 2, return_indices=True)[0]),
-    tokens("pool-over-channels", lambda x, m: F.avg_pool1d(x, 2), "pool"),
+    tokens("pool-over-channels", lambda x, m: F.avg_pool1d(x, 2), "slides over"),
     op("F.avg_pool2d", lambda x, m: F.avg_pool2d(x, x.shape[-2:])),
     op("F.max_pool2d", lambda x, m: F.max_pool2d(x, 2, stride=1)),
     op("F.adaptive_avg_pool2d", lambda x, m: F.adaptive_avg_pool2d(x, (1, 1))),
@@ -297,7 +301,7 @@ MOVEMENT_ROWS = [
     op("shuffle-by-hand-constants", lambda x, m: _shuffle_constants(x, 4)),
     op("pixel-shuffle-by-hand",
        lambda x, m: x.view(x.shape[0], -1, 2, 2, *x.shape[2:]).permute(0, 1, 4, 2, 5, 3).reshape(
-           x.shape[0], -1, x.shape[2] * 2, x.shape[3] * 2), ""),
+           x.shape[0], -1, x.shape[2] * 2, x.shape[3] * 2), "slides over", width=16),
     op("flatten", lambda x, m: torch.flatten(x, 1), tail="linear", fixed=True),
     op("flatten-module", lambda x, m: m.f(x), tail="linear", fixed=True, f=nn.Flatten),
     op("flatten-space", lambda x, m: x.flatten(2).transpose(1, 2), tail="linear"),
@@ -305,24 +309,24 @@ MOVEMENT_ROWS = [
     op("flatten-batch-and-channels", lambda x, m: x.flatten(0, 1).mean((1, 2)).view(-1, C), tail="linear"),
     op("unflatten", lambda x, m: x.unflatten(1, (2, 4)).sum(1)),
     op("unflatten-inferred", lambda x, m: x.unflatten(1, (2, -1)).flatten(1, 2)),
-    op("unflatten-module", lambda x, m: m.u(x).amax(2), u=lambda: nn.Unflatten(1, (4, 2))),
+    op("unflatten-module", lambda x, m: m.u(x).amax(2), "reduced", u=lambda: nn.Unflatten(1, (4, 2))),
     op("view-constants", lambda x, m: x.view(-1, C, x.shape[2] * x.shape[3]), dims=2),
     op("view-size-of-batch", lambda x, m: x.view(x.size(0), -1), tail="linear", fixed=True),
-    op("view-heads", lambda x, m: x.view(x.shape[0], 2, 4, -1).transpose(2, 3).flatten(2), "", tail="linear", fixed=True),
+    op("view-heads", lambda x, m: x.view(x.shape[0], 2, 4, -1).transpose(2, 3).flatten(2), tail="linear", fixed=True),
     op("view-batch-channels", lambda x, m: x.view(-1, 1, *x.shape[2:]).mul(2).view(-1, C, *x.shape[2:])),
     op("reshape-tuple", lambda x, m: x.reshape((x.shape[0], C, -1)), dims=2),
     op("reshape-shape", lambda x, m: x.reshape(x.shape).view(x.size()).reshape_as(x).view_as(x)),
-    op("reshape-arithmetic", lambda x, m: x.reshape(x.shape[0], x.shape[1] // 2, 2, *x.shape[2:]).mean(2)),
+    op("reshape-arithmetic", lambda x, m: x.reshape(x.shape[0], x.shape[1] // 2, 2, *x.shape[2:]).mean(2), "reduced"),
     op("reshape-prod", lambda x, m: x.reshape(x.shape[0], math.prod(x.shape[1:])), tail="linear", fixed=True),
     op("reshape-numel", lambda x, m: x.view(x.numel() // (x.shape[2] * x.shape[3]), -1).view(x.shape)),
-    op("reshape-int", lambda x, m: x.view(int(x.shape[0]), int(x.shape[1] / 2), 2, *x.shape[2:]).amax(2)),
+    op("reshape-int", lambda x, m: x.view(int(x.shape[0]), int(x.shape[1] / 2), 2, *x.shape[2:]).amax(2), "recorded"),
     tokens("reshape-heads", lambda x, m: x.reshape(x.shape[0], x.shape[1], 2, C // 2).transpose(1, 2).transpose(1, 2).flatten(2)),
     op("permute", lambda x, m: x.permute(0, 2, 3, 1), tail="linear"),
     op("torch.permute", lambda x, m: torch.permute(x, (0, 2, 3, 1)).permute((0, 3, 1, 2))),
     op("permute-dims", lambda x, m: x.permute(dims=(0, 3, 2, 1)).permute(0, 3, -2, 1)),
     op("transpose", lambda x, m: x.transpose(1, -1), tail="linear"),
     op("transpose-keywords", lambda x, m: torch.transpose(x, dim0=1, dim1=3), tail="linear"),
-    op("swapaxes", lambda x, m: x.swapaxes(1, 3).swapdims(2, 1), ""),
+    op("swapaxes", lambda x, m: x.swapaxes(1, 3).swapdims(2, 1), "slides over", fixed=True),
     op("T", lambda x, m: x.mean((2, 3)).T.t(), tail="linear"),
     op("mT", lambda x, m: x.mT),
     op("H-movedim", lambda x, m: x.movedim(1, -1), tail="linear"),
@@ -339,7 +343,7 @@ MOVEMENT_ROWS = [
     tokens("class-token", lambda x, m: torch.cat((m.c.expand(x.shape[0], -1, -1), x), dim=1) + m.p, c=(1, 1, C), p=(1, 7, C)),
     op("broadcast_to", lambda x, m: torch.broadcast_to(x.mean((2, 3), True), x.shape)),
     op("repeat", lambda x, m: x.repeat(1, 2, 1, 2)),
-    op("repeat-new-dim", lambda x, m: x.repeat(1, 1, 1, 1, 2).mean(-1)),
+    op("repeat-new-dim", lambda x, m: x.repeat(2, 1, 1, 1, 1).mean(0)),
     op("tile", lambda x, m: torch.tile(x, (1, 3, 1, 1)).tile((2, 1))),
     op("repeat_interleave", lambda x, m: x.repeat_interleave(2, 1).repeat_interleave(2, dim=2)),
     op("cat", lambda x, m: torch.cat([x, x.relu()], dim=1)),
@@ -360,10 +364,10 @@ MOVEMENT_ROWS = [
     op("split-space", lambda x, m: sum(x.split([3, x.shape[2] - 3], 2)[0:1])),
     op("split_with_sizes", lambda x, m: torch.split_with_sizes(x, [3, 5], 1)[1]),
     op("chunk", lambda x, m: operator.mul(*x.chunk(2, 1))),
-    op("chunk-uneven", lambda x, m: torch.cat(torch.chunk(x, 3, dim=1)[1:], 1), ""),
+    op("chunk-uneven", lambda x, m: torch.cat(torch.chunk(x, 2, dim=1)[1:], 1), "does not follow", width=5),
     op("tensor_split", lambda x, m: torch.tensor_split(x, 4, 1)[2]),
     op("tensor_split-places", lambda x, m: torch.tensor_split(x, (3, 5), dim=1)[1]),
-    op("unbind-space", lambda x, m: torch.stack(x.unbind(2)[:4], 2)),
+    op("unbind-space", lambda x, m: torch.stack(x.unbind(2)[:4], 2), fixed=True),
     op("unbind-channels", lambda x, m: torch.stack(torch.unbind(x, 1), 1), "channels"),
     tokens("unbind-qkv", lambda x, m: sum(x.reshape(x.shape[0], x.shape[1], 2, 4).permute(2, 0, 1, 3).unbind(0))),
     op("narrow", lambda x, m: x.narrow(1, 2, 4)),
@@ -452,7 +456,7 @@ BROADCAST_ROWS = [
     tokens("position-embedding", lambda x, m: x + m.p[:, : x.shape[1]], p=(1, 9, C)),
     op("constant-tensor", lambda x, m: x * torch.arange(1.0, C + 1, dtype=torch.float64).view(1, C, 1, 1)),
     op("scale-by-width", lambda x, m: x * x.shape[1] ** -0.5 + x / math.sqrt(x.shape[1]) + x.size(1)),
-    op("scale-by-float-width", lambda x, m: x / float(x.shape[1]) + x * (1.0 / x.shape[1])),
+    op("scale-by-float-width", lambda x, m: x / float(x.shape[1]) + x * (1.0 / x.shape[1]), "recorded"),
     op("sum-over-width", lambda x, m: x - x.sum(1, keepdim=True) / x.shape[1]),
     op("logaddexp", lambda x, m: torch.logaddexp(x, m.a) + torch.hypot(x, m.a) + torch.atan2(x, m.a), a=(C, 1, 1)),
 ]  # fmt: skip
@@ -475,7 +479,7 @@ REDUCTIONS: dict[str, Any] = {
     "var_mean": lambda x, d, k: operator.add(*torch.var_mean(x, d, keepdim=k)),
     "std_mean-biased": lambda x, d, k: operator.add(*torch.std_mean(x, d, correction=0, keepdim=k)),
     "var_mean-biased": lambda x, d, k: operator.sub(*torch.var_mean(x, dim=d, unbiased=False, keepdim=k)),
-    "norm": lambda x, d, k: x.norm(dim=d, keepdim=k),
+    "norm": lambda x, d, k: torch.norm(x, 2, d, k),
     "norm-1": lambda x, d, k: torch.norm(x, 1, d, k),
     "norm-3": lambda x, d, k: x.norm(3, d, k),
     "vector_norm": lambda x, d, k: torch.linalg.vector_norm(x, 2, d, k),
@@ -486,11 +490,11 @@ CONTRACTS = {"logsumexp"}
 
 REDUCTION_ROWS = [
     op(f"{name}-{where}-keepdim", lambda x, m, f=f, d=d: f(x, d, True) * x,
-       "positions" if name in CONTRACTS and where != "space" else "unbiased" if name == "var-unbiased" and where == "channels-and-space" else "wide")
+       "would change" if name in CONTRACTS and where != "space" else "unbiased" if name == "var-unbiased" and where != "space" else "wide")
     for name, f in REDUCTIONS.items() for where, d in DIMS.items()
 ] + [
     *[op(f"{name}-channels", lambda x, m, f=f: x * f(x, 1, False)[:, None],
-         "positions" if name in CONTRACTS else "wide") for name, f in REDUCTIONS.items()],
+         {"logsumexp": "would change", "var-unbiased": "unbiased"}.get(name, "wide")) for name, f in REDUCTIONS.items()],
     *[op(f"{name}-space", lambda x, m, f=f: f(x, (2, 3), False), tail="linear") for name, f in REDUCTIONS.items()],
     op("mean-all", lambda x, m: x * x.mean() + x.sum() + x.amax() + x.max() + x.norm() + x.min()),
     op("var-all", lambda x, m: x * x.var() + x.std()),
@@ -503,9 +507,9 @@ REDUCTION_ROWS = [
     op("argmax-space", lambda x, m: x * x.argmax(2, keepdim=True)),
     op("median", lambda x, m: x * x.median(2, keepdim=True).values),
     op("prod", lambda x, m: x * x.prod(2, keepdim=True)),
-    op("prod-channels", lambda x, m: x * x.prod(1, keepdim=True), "positions"),
+    op("prod-channels", lambda x, m: x * x.prod(1, keepdim=True), "would change"),
     op("cumsum", lambda x, m: x.cumsum(2)),
-    op("cumsum-channels", lambda x, m: x.cumsum(1), "along"),
+    op("cumsum-channels", lambda x, m: x.cumsum(1), "would change"),
     op("any-all", lambda x, m: x * (x > 0).any(1, keepdim=True) * (x < 100).all(1, keepdim=True)),
     op("sum-of-bools", lambda x, m: x * (x > 0).sum((2, 3), keepdim=True)),
     op("sum-of-bools-channels", lambda x, m: x * (x > 0).sum(1, keepdim=True), "integers"),
@@ -543,13 +547,13 @@ PRODUCT_ROWS = [
     op("addmm-beta", lambda x, m: torch.addmm(m.b, x, m.w, beta=0.5, alpha=2), dims=0, tail="linear", shape=(3,), w=(C, 6), b=(6,)),
     tokens("baddbmm", lambda x, m: torch.baddbmm(x, x @ x.transpose(1, 2), x)),
     tokens("attention", _attention, f=lambda: nn.Linear(C, 24)),
-    op("channel-attention", lambda x, m: (lambda f: (f @ f.transpose(1, 2)).softmax(-1) @ f)(x.flatten(2)), "along", tail="conv"),
+    op("channel-attention", lambda x, m: (lambda f: (f @ f.transpose(1, 2)).softmax(-1) @ f)(x.flatten(2)), "would change", tail="conv"),
     tokens("einsum", lambda x, m: torch.einsum("bnc,bmc->bnm", x, x) @ x),
     tokens("einsum-parameter", lambda x, m: torch.einsum("bnc,cd->bnd", x, m.w), w=(C, 6)),
     tokens("einsum-parameter-ellipsis", lambda x, m: torch.einsum("...c,dc->...d", x, m.w), w=(6, C)),
     op("einsum-conv", lambda x, m: torch.einsum("bchw,oc->bohw", x, m.w), w=(6, C)),
     op("einsum-scale", lambda x, m: torch.einsum("bchw,c->bchw", x, m.w), w=(C,)),
-    op("einsum-implicit", lambda x, m: torch.einsum("bchw,c", x, m.w).permute(0, 1, 2).unsqueeze(1) * x, "", w=(C,)),
+    op("einsum-implicit", lambda x, m: torch.einsum("bchw,c", x, m.w).permute(0, 1, 2).unsqueeze(1) * x, w=(C,)),
     op("einsum-sum", lambda x, m: torch.einsum("bchw->bc", x), tail="linear"),
     op("einsum-list", lambda x, m: torch.einsum("bchw,bc->bchw", [x, x.mean((2, 3))])),
     tokens("einsum-heads", lambda x, m: torch.einsum("bnhd,hde->bnhe", x.unflatten(-1, (2, 4)), m.w).flatten(2), w=(2, 4, 5)),
@@ -698,13 +702,6 @@ class Custom(nn.Module):
         return Double.apply(x)
 
 
-class Loop(nn.Module):
-    """Control flow on data."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * 2 if float(x.sum()) > 0 else x * 3
-
-
 IMAGE = ((3, 8, 8),)
 OTHER = ((3, 10, 6),)
 
@@ -731,7 +728,6 @@ WHOLE_ROWS = [
     tokens("cdist", lambda x, m: torch.cdist(x, x) @ x, "no rule"),
     tokens("inverse", lambda x, m: torch.linalg.inv(x.transpose(1, 2) @ x + torch.eye(C, dtype=x.dtype)) + x.mean(1, True), ""),
     around("autograd-function", Custom, "recorded"),
-    around("data-dependent", Loop, ""),
     op("random-noise", lambda x, m: x + torch.randn_like(x), "random"),
     op("kron", lambda x, m: torch.kron(x, torch.ones(1, 1, 2, 2, dtype=x.dtype)), "no rule"),
 ]  # fmt: skip

@@ -172,11 +172,9 @@ def test_a_failed_write_leaves_the_old_file(path: Path, monkeypatch: pytest.Monk
 
     with torch.no_grad():
         next(teacher.parameters()).add_(1)
-    for target in ("replace", "fsync"):
+    for target in ("os.replace", "safetensors.torch.save_file"):
         with monkeypatch.context() as patch:
-            patch.setattr(os, target, broken)
-            if target == "fsync":
-                patch.setattr("safetensors.torch.save_file", broken)
+            patch.setattr(target, broken)
             with pytest.raises(OSError, match="no space left"):
                 reparam.save(teacher, path)
         assert path.read_bytes() == before
@@ -307,7 +305,7 @@ def test_a_student_of_another_class(written: Path) -> None:
 def test_a_student_of_another_width(written: Path) -> None:
     other = student()
     other.mix[0] = nn.Conv1d(12, 12, 3, padding=1)
-    with pytest.raises(FormatError, match=r"mix\.0\.weight was \[12, 12, 1\], the given student has \[12, 12, 3\]|graph"):
+    with pytest.raises(FormatError, match=r"mix\.0\.weight was \[12, 12, 1\], the given student has \[12, 12, 3\]"):
         reparam.load(written, other)
     wide = student()
     wide.head = nn.Linear(36, 9).double()
@@ -317,7 +315,7 @@ def test_a_student_of_another_width(written: Path) -> None:
 
 def test_a_student_with_another_graph(written: Path) -> None:
     other = student()
-    other.filters = other.filters[:2]
+    other.pool = nn.AdaptiveMaxPool1d(3)
     with pytest.raises(FormatError, match="the graph of the given student differs from the one that was expanded"):
         reparam.load(written, other)
 

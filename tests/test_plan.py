@@ -372,3 +372,9 @@ def test_a_large_model_plans_in_seconds(name: str) -> None:
     assert made.parameters > 6e8
     assert made.wide_parameters > 3.9 * made.parameters
     assert made.coverage == 1.0
+
+
+def test_sources_name_model_code_or_the_layer() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1))
+    assert re.search(r"torch/nn/modules/conv\.py:\d+$", reparam.plan(model, 2, example_input=X).layers[0].source)
+    assert re.search(r"zoo\.py:\d+$", reparam.plan(UNet(), 2, example_input=X).layers[0].source)

@@ -126,8 +126,9 @@ class Contract(nn.Module):
     def __init__(self, dim: int, source: ReplicaMap) -> None:
         super().__init__()
         self.dim, self.size, self.ratio = dim, source.size, source.uniform
-        self.pick = source.slice
         plain = source.innermost is not None
+        # Without an end: the dimension may hold a batch or a resolution.
+        self.pick = slice(None, None, source.innermost) if plain else source.slice
         order = None if plain or self.ratio is None else torch.tensor(source.index).argsort(stable=True)
         self.register_buffer("order", order, persistent=False)
         uneven = self.ratio is None

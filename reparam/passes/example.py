@@ -52,7 +52,7 @@ def example_for(model: nn.Module, skeleton: nn.Module, example: Any) -> Inputs:
     if error is not None:
         raise InputError(
             f"{type(model).__name__} does not accept the example_input {describe(args) if args else describe(kwargs)}: "
-            f"{type(error).__name__}: {error}"
+            f"{type(error).__name__}: {error}; give an input that model(...) itself accepts"
         ) from error
     return args, kwargs
 

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import uuid
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from reparam.errors import FormatError, InputError, near_matches
+from reparam.errors import CaptureError, FormatError, InputError, near_matches
 from reparam.passes.example import inputs_from_json
 from reparam.passes.expand import fingerprint
 from reparam.passes.plan import Plan
-from reparam.passes.skeleton import skeleton_of
+from reparam.passes.skeleton import first_floating_dtype, skeleton_of
 from reparam.passes.teacher import Teacher, require_teacher
-from reparam.passes.tracer import trace
+from reparam.passes.tracer import Capture, key_of, trace
 from reparam.passes.validate import check_model
 from reparam.passes.widen import build_teacher
 
@@ -34,13 +35,17 @@ def save(teacher: nn.Module, path: str | os.PathLike[str]) -> None:
     if not target.parent.is_dir():
         raise InputError(f"the folder {target.parent} does not exist; make it first")
     tensors = _unshared(owner.state_dict())
-    handle, temporary = tempfile.mkstemp(dir=target.parent, suffix=".tmp")
-    os.close(handle)
+    text = owner.plan.to_json()
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    temporary.touch(exist_ok=False)
+    mode = temporary.stat().st_mode  # as the user's umask says; safetensors makes it private
     try:
-        save_file(tensors, temporary, metadata={"format": "pt", "reparam_plan": owner.plan.to_json()})
+        # One entry: safetensors writes several in random order, and equal teachers give equal files.
+        save_file(tensors, temporary, metadata={"reparam_plan": text})
+        temporary.chmod(mode)
         os.replace(temporary, target)
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def _unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -61,7 +66,8 @@ def load(path: str | os.PathLike[str], student: nn.Module) -> Teacher:
 
     Args:
         path: the file.
-        student: a model of the class that was expanded; its weights are not used, its device and mode are.
+        student: a model of the class that was expanded; its weights are not used, its device, dtypes, mode and
+            ``requires_grad`` are.
 
     Raises:
         FormatError: the file is missing, damaged, of another version, or does not fit the student.
@@ -70,17 +76,56 @@ def load(path: str | os.PathLike[str], student: nn.Module) -> Teacher:
     tensors, plan = _read(Path(path))
     if plan.model != type(student).__name__:
         raise FormatError(f"{path} holds a teacher of {plan.model}, the given student is a {type(student).__name__}")
-    skeleton = skeleton_of(student)
-    capture = trace(skeleton, *inputs_from_json(plan.inputs))
-    if fingerprint(capture) != plan.graph:
+    _check_shapes(path, student, plan)
+    capture = _capture(path, student, plan)
+    _check_names(path, student, capture, plan)
+    try:
+        teacher = build_teacher(student, capture, plan, 0.0)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise FormatError(f"{path}: the plan does not fit the given student: {error}") from error
+    _load_tensors(path, teacher, tensors)
+    return teacher
+
+
+def _capture(path: Any, student: nn.Module, plan: Plan) -> Capture:
+    """Record the student with the inputs of the file, in the student's own dtype."""
+    dtypes = {p.dtype for p in student.parameters() if p.is_floating_point()}
+    dtype = first_floating_dtype(student)
+
+    def own(value: Any) -> Any:
+        wrong = isinstance(value, Tensor) and value.is_floating_point() and value.dtype not in dtypes
+        return value.to(dtype) if wrong and dtype is not None else value
+
+    inputs = pytree.tree_map(own, inputs_from_json(plan.inputs))
+    try:
+        capture = trace(skeleton_of(student), *inputs)
+        same = fingerprint(capture) == plan.graph
+    except CaptureError:
+        same = False
+    if not same:
         raise FormatError(
             f"{path}: the graph of the given student differs from the one that was expanded; build the student with "
             "the same arguments, and use the library versions that wrote the file"
         )
-    _check_shapes(path, student, plan)
-    teacher = build_teacher(student, capture, plan, 0.0)
-    _load_tensors(path, teacher, tensors)
-    return teacher
+    return capture
+
+
+def _check_names(path: Any, student: nn.Module, capture: Capture, plan: Plan) -> None:
+    """Whatever the plan names exists in the student; it changes numbers and tuples, nothing else."""
+    buffers = dict(student.named_buffers(remove_duplicate=False))
+    nodes = {key_of(node) for graph in capture.graphs for node in graph.nodes}
+    modules = dict(student.named_modules())
+    for name in (*plan.edits, *plan.value_maps):
+        if name not in nodes:
+            raise FormatError(f"{path}: the plan does not fit the given student: its graph has no {name}")
+    for name in plan.statistics:
+        if name not in buffers:
+            raise FormatError(f"{path}: the plan does not fit the given student: it has no buffer {name}")
+    for name, value in plan.attributes.items():
+        holder, _, leaf = name.rpartition(".")
+        old = vars(modules[holder]).get(leaf) if holder in modules else None
+        if leaf.startswith("_") or not isinstance(old, (int, float, tuple)) or not isinstance(value, type(old)):
+            raise FormatError(f"{path}: the plan does not fit the given student: it has no attribute {name}")
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], Plan]:

@@ -15,9 +15,15 @@ def setitem(value: Tensor, index: Any, new: Any) -> Tensor:
     return result
 
 
+def assign(value: Tensor, index: Any, new: Any) -> Tensor:
+    """Set ``value[index] = new``, for all who share the memory of ``value``."""
+    value[index] = new
+    return value
+
+
 _INPLACE_OPERATORS = {
     operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod,
-    operator.ipow, operator.iand, operator.ior, operator.ixor, operator.imatmul, setitem,
+    operator.ipow, operator.iand, operator.ior, operator.ixor, operator.imatmul, setitem, assign,
 }  # fmt: skip
 
 
@@ -41,11 +47,28 @@ def functionalize(graph: fx.Graph) -> None:
         if not is_inplace(node) or not node.args or not isinstance(node.args[0], fx.Node):
             continue
         changed = node.args[0]
+        if node.target is setitem and _is_shared(changed, node, order):
+            node.target = assign
         if changed.op == "get_attr" or not isinstance(changed.meta.get("val"), Tensor):
             continue
         for user in list(changed.users):
             if order[user] > order[node]:
                 user.replace_input_with(changed, node)
+
+
+def _is_shared(changed: fx.Node, node: fx.Node, order: dict[fx.Node, int]) -> bool:
+    """Whether a view of ``changed``, or what it is a view of, is used after ``node``."""
+    storage = _storage(changed)
+    return storage is not None and any(
+        _storage(other) == storage and other is not changed and any(order[user] > order[node] for user in other.users)
+        for other in order
+        if order[other] < order[node] and not is_inplace(other)
+    )
+
+
+def _storage(node: fx.Node) -> int | None:
+    value = node.meta.get("val")
+    return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
 
 
 def drop_unused(graph: fx.Graph) -> None:

@@ -69,10 +69,8 @@ def intrinsics(record: Callable[[Callable[..., Any], tuple[Any, ...]], Any]) -> 
     own, plain_apply = vars(function).get("apply"), inspect.getattr_static(function, "apply")
 
     def apply(cls: Any, *args: Any) -> Any:
-        bound = plain_apply.__get__(None, cls)
-        symbolic = any(issubclass(type(a), fx.Proxy) for a in args)
-        value = record(bound, args) if symbolic else NotImplemented
-        return bound(*args) if value is NotImplemented else value
+        value = record(_named(cls), args) if _is_symbolic(args) else NotImplemented
+        return plain_apply.__get__(None, cls)(*args) if value is NotImplemented else value
 
     instance = torch.nn.modules.instancenorm._InstanceNorm
     plain_instance = instance.forward

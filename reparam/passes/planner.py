@@ -8,7 +8,6 @@ attributes, from which ``reparam.passes.expand`` makes the plan.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, fx
@@ -17,6 +16,7 @@ from reparam.ops.maps import Maps, ReplicaMap, clean
 from reparam.ops.params import Noise, ParamMap
 from reparam.passes import rules as _rules  # noqa: F401  (registers all rules)
 from reparam.passes.call import Call
+from reparam.passes.dependence import ancestors, is_wider, placements, substitute
 from reparam.passes.leaves import keep_leaf
 from reparam.passes.meta import Unknown
 from reparam.passes.records import note_statistics
@@ -213,7 +213,7 @@ class Planner:
 
     def lookup(self, structure: Any) -> Value:
         """Replace nodes by their values in an argument structure."""
-        return _substitute(plain(structure), self.state.env)
+        return substitute(plain(structure), self.state.env)
 
     # -- parameters ----------------------------------------------------------------------------------------------
 
@@ -267,7 +267,7 @@ class Planner:
             self.state.params[name], self.state.linear[name] = known, linear
         elif self.state.linear[name] and known.maps and known.divide != tuple(d for d in divide if d in known.maps):
             self.undivide(name)
-        elif clean(maps) != known.maps and name not in self.preferred and _is_wider(maps, known.maps):
+        elif clean(maps) != known.maps and name not in self.preferred and is_wider(maps, known.maps):
             self.preferred[name] = clean(maps)
             raise Restart
         divided = known.divide if self.state.linear[name] else ()
@@ -317,7 +317,7 @@ class Planner:
         trials: list[tuple[fx.Node, Maps]] = []
         if maps and isinstance(value.s, Tensor):
             for source in self.sources(value.node):
-                trials += [(source, trial) for trial in _placements(maps, value.s, source.meta["val"])]
+                trials += [(source, trial) for trial in placements(maps, value.s, source.meta["val"])]
         for source, trial in trials:
             before = self.state.copy()
             try:
@@ -335,7 +335,7 @@ class Planner:
         if not isinstance(self.state.env[node], Free):
             return self.state.env[node]
         loaned: dict[fx.Node, Value] = {}
-        for current in _ancestors(node, self.state.env):
+        for current in ancestors(node, self.state.env):
             if not isinstance(self.state.env[current], Free):
                 continue
             if source is None and current.op == "get_attr":
@@ -351,57 +351,3 @@ class Planner:
 
 
 _ANY = inspect.signature(lambda *args, **kwargs: None)
-
-
-def _substitute(value: Any, env: dict[fx.Node, Value]) -> Any:
-    if isinstance(value, fx.Node):
-        return env[value]
-    if isinstance(value, dict):
-        return {k: _substitute(v, env) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_substitute(v, env) for v in value]
-    if type(value) is tuple:
-        return tuple(_substitute(v, env) for v in value)
-    if isinstance(value, slice):
-        return slice(*(_substitute(getattr(value, n), env) for n in ("start", "stop", "step")))
-    return value
-
-
-def _is_wider(new: Maps, old: Maps) -> bool:
-    """Whether ``new`` widens a dimension that ``old`` leaves narrow."""
-    return any(dim not in old for dim in clean(new))
-
-
-def _placements(maps: Maps, value: Tensor, source: Tensor) -> Iterator[Maps]:
-    """Yield ways to give the dimensions of a source the maps of a value that is computed from it."""
-    items = sorted(maps.items())
-
-    def place(k: int, used: dict[int, ReplicaMap]) -> Iterator[Maps]:
-        if k == len(items):
-            if used:
-                yield dict(used)
-            return
-        dim, replica_map = items[k]
-        offset = source.dim() - value.dim()
-        candidates = sorted(range(source.dim()), key=lambda d: (d != dim, d != dim + offset, d))
-        for candidate in candidates:
-            if candidate not in used and source.shape[candidate] == replica_map.size:
-                yield from place(k + 1, {**used, candidate: replica_map})
-        yield from place(k + 1, used)
-
-    yield from place(0, {})
-
-
-def _ancestors(node: fx.Node, env: dict[fx.Node, Value]) -> list[fx.Node]:
-    """Return the free nodes that ``node`` is computed from, and itself, in topological order."""
-    order: dict[fx.Node, None] = {}
-
-    def add(current: fx.Node) -> None:
-        if current in order or not isinstance(env.get(current), Free):
-            return
-        for parent in current.all_input_nodes:
-            add(parent)
-        order[current] = None
-
-    add(node)
-    return list(order)

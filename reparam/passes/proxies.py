@@ -72,6 +72,9 @@ class HintProxy(fx.Proxy):
             return True
         return bool(self.tracer.to_bool(self))
 
+    def __setitem__(self, index: Any, new: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, new), {})
+
     def __hash__(self) -> int:
         return id(self)
 
@@ -131,11 +134,39 @@ def _is_assert(frame: FrameType) -> bool:
 
 
 def source_line() -> str:
-    """Return file:line of the innermost frame that is model code."""
+    """Return file:line of the innermost frame that is model code; of torch's own layer where there is none."""
     frame: FrameType | None = sys._getframe(1)
+    layer = ""
     while frame is not None:
         name = frame.f_code.co_filename
-        if "/torch/" not in name and not name.endswith(("passes/tracer.py", "passes/meta.py", "passes/proxies.py")):
+        if "/reparam/passes/expand.py" in name or "/reparam/passes/files.py" in name:
+            break
+        if "/torch/" not in name and "/reparam/passes/" not in name:
             return f"{name}:{frame.f_lineno}"
+        if not layer and "/torch/nn/modules/" in name and not name.endswith(("/module.py", "/container.py")):
+            layer = f"{name}:{frame.f_lineno}"
         frame = frame.f_back
-    return ""
+    return layer
+
+
+def nodes_of(value: Any) -> Any:
+    """Replace proxies by their nodes inside tuples, lists and dicts."""
+    if issubclass(type(value), fx.Proxy):
+        return value.node
+    if isinstance(value, dict):
+        return {k: nodes_of(v) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return tuple(nodes_of(v) for v in value)
+    return value
+
+
+def iter_nodes(value: Any) -> Iterator[fx.Node]:
+    """Yield the nodes of a structure."""
+    if isinstance(value, fx.Node):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from iter_nodes(item)
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from iter_nodes(item)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from reparam.passes.state import Layer, operator_name
 from reparam.passes.values import Pair
@@ -86,7 +87,7 @@ def record_layer(
         multiply_adds: of one sample, in the student and in the teacher.
     """
     name = weight_name(planner, source)
-    if name is None:
+    if name is None or not isinstance(attrgetter(name)(planner.capture.root), nn.Parameter):
         return
     ends = node not in planner.reaches_mixing
     outputs, inputs = (d in weight.maps for d in dims)

@@ -25,7 +25,7 @@ from reparam.errors import CaptureError
 from reparam.passes.functionalize import drop_unused, functionalize, setitem
 from reparam.passes.intrinsics import intrinsics
 from reparam.passes.meta import Unknown, run_leaf_on_meta, run_on_meta
-from reparam.passes.proxies import HintProxy, proxies_have_types, source_line
+from reparam.passes.proxies import HintProxy, iter_nodes, nodes_of, proxies_have_types, source_line
 from reparam.passes.skeleton import named_tensors, to_meta
 from reparam.passes.values import plain
 
@@ -317,7 +317,7 @@ class ModelTracer(fx.Tracer):
                 raise
         finally:
             self.path.pop()
-        self.outputs.setdefault(path, []).append(_nodes_of(result))
+        self.outputs.setdefault(path, []).append(nodes_of(result))
         return result
 
     def _check_known(self, mark: fx.Node | None) -> None:
@@ -338,7 +338,7 @@ class ModelTracer(fx.Tracer):
             del self._cache[name]
         for path in list(self.outputs):
             calls = self.outputs[path]
-            calls[:] = [c for c in calls if not any(n in erased for n in _iter_nodes(c))]
+            calls[:] = [c for c in calls if not any(n in erased for n in iter_nodes(c))]
 
     # -- questions that Python code asks -------------------------------------------------------------------------
 
@@ -354,7 +354,8 @@ class ModelTracer(fx.Tracer):
         value = proxy.node.meta.get("val")
         allowed = self.fixed_training is not None or (self.root_training is not None and not self.path)
         if not allowed or isinstance(value, (Tensor, Unknown)):
-            raise fx.proxy.TraceError(f"control flow depends on the value of {proxy.node.target}")
+            name = getattr(proxy.node.target, "__name__", proxy.node.target)
+            raise fx.proxy.TraceError(f"{source_line()}: control flow depends on the value of {name}")
         if self.fixed_training is None:
             self._guard(proxy, value)
         return value
@@ -388,25 +389,3 @@ def _parameter_names(function: Callable[..., Any]) -> list[str]:
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = inspect.signature(inspect.unwrap(function)).parameters.values()
     return [p.name for p in parameters if p.kind in kinds][1:]
-
-
-def _nodes_of(value: Any) -> Any:
-    """Replace proxies by their nodes inside tuples, lists and dicts."""
-    if issubclass(type(value), fx.Proxy):
-        return value.node
-    if isinstance(value, dict):
-        return {k: _nodes_of(v) for k, v in value.items()}
-    if isinstance(value, (tuple, list)):
-        return tuple(_nodes_of(v) for v in value)
-    return value
-
-
-def _iter_nodes(value: Any) -> Iterator[fx.Node]:
-    if isinstance(value, fx.Node):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _iter_nodes(item)
-    elif isinstance(value, tuple):
-        for item in value:
-            yield from _iter_nodes(item)

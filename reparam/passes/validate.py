@@ -67,22 +67,31 @@ def check_model(model: Any, values: bool = True) -> None:
         ModelError: wrapped, compiled, already a teacher, lazy, quantized, scripted, without parameters, or with
             NaN or Inf among its weights.
     """
+    if isinstance(model, type):
+        raise InputError(f"model must be a torch.nn.Module, not the class {model.__name__}; make an instance of it")
     if not isinstance(model, nn.Module):
         raise InputError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-    name = type(model).__name__
-    for cls in type(model).__mro__:
-        if cls.__name__ in _WRAPPERS and cls.__module__.startswith("torch."):
-            raise ModelError(f"the model is wrapped in {cls.__name__}: {_WRAPPERS[cls.__name__]}")
-    if "reparam" in getattr(model, "meta", {}) or type(model).__name__ == "StudentView":
-        raise ModelError(
-            f"the model ({name}) is a teacher or a view of one already; reparam.extract(teacher) gives its student"
-        )
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ModelError(f"the model ({name}) is a ScriptModule; pass the Python module it was made from")
     for path, child in model.named_modules():
-        if type(child).__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic", "torchao.")):
-            raise ModelError(f"{path}: {type(child).__name__} is quantized; expand the model before quantizing it")
-    _check_tensors(model, name, values)
+        _check_module(path, child)
+    _check_tensors(model, type(model).__name__, values)
+
+
+def _check_module(path: str, module: nn.Module) -> None:
+    """Refuse a wrapper, a teacher, a scripted or a quantized module, at the root (path "") or inside."""
+    name = type(module).__name__
+    where = f"{path}: the module" if path else "the model"
+    for cls in type(module).__mro__:
+        if cls.__name__ in _WRAPPERS and cls.__module__.startswith("torch."):
+            way = _WRAPPERS[cls.__name__].replace("model", f"{path}", 1) if path else _WRAPPERS[cls.__name__]
+            raise ModelError(f"{where} is wrapped in {cls.__name__}: {way}")
+    if "reparam" in (getattr(module, "meta", None) or {}) or name == "StudentView":
+        raise ModelError(
+            f"{where} ({name}) is a teacher or a view of one already; reparam.extract(teacher) gives its student"
+        )
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ModelError(f"{where} ({name}) is a ScriptModule; pass the Python module it was made from")
+    if type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic", "torchao.")):
+        raise ModelError(f"{path}: {name} is quantized; expand the model before quantizing it")
 
 
 def _check_tensors(model: nn.Module, name: str, values: bool) -> None:
@@ -93,7 +102,9 @@ def _check_tensors(model: nn.Module, name: str, values: bool) -> None:
             raise ModelError(f"{path} is quantized; expand the model before quantizing it")
         floating = tensor.is_floating_point() and tensor.device.type != "meta"
         if values and floating and not bool(torch.isfinite(tensor.detach().sum(dtype=torch.float64))):
-            bad = int((~torch.isfinite(tensor.detach())).sum())
+            # A buffer may hold Inf on purpose (an attention mask); a weight or a statistic may not.
+            strict = isinstance(tensor, nn.Parameter) or path.rpartition(".")[2].startswith("running_")
+            bad = int((~torch.isfinite(tensor.detach()) if strict else torch.isnan(tensor.detach())).sum())
             if bad:
                 raise ModelError(f"{path} holds {bad} NaN or Inf values; load good weights first")
     if next(model.parameters(), None) is None:
@@ -113,7 +124,7 @@ def ignored_parameters(model: nn.Module, ignore: Iterable[Any]) -> dict[str, str
     Raises:
         InputError: an entry matches nothing; near matches are listed.
     """
-    if isinstance(ignore, (str, type)):
+    if isinstance(ignore, (str, type)) or not isinstance(ignore, Iterable):
         ignore = (ignore,)
     canonical = canonical_names(model)
     modules = dict(model.named_modules())

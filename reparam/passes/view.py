@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from reparam.errors import InputError
+from reparam.ops.params import ParamMap
 from reparam.passes.plan import STATISTICS
 from reparam.passes.skeleton import canonical_names, named_tensors, rebuild
 from reparam.passes.teacher import Teacher, require_teacher
@@ -61,35 +63,56 @@ def _mode(teacher: Teacher, path: str) -> bool:
         return teacher.training
 
 
+@dataclass(frozen=True)
+class _Source:
+    """Where a tensor of the student comes from: a slot of a module of the teacher, and the map to narrow it by."""
+
+    names: tuple[str, ...]
+    slots: dict[str, Any]
+    slot: str
+    param_map: ParamMap | None
+
+
+class Narrowing:
+    """Computes every parameter and buffer of the student from the teacher's; differentiable.
+
+    The places are looked up once; the tensors are read at each call, so ``to()`` and optimizers work.
+    """
+
+    def __init__(self, teacher: Teacher) -> None:
+        names: dict[str, list[str]] = {}
+        for name, first in canonical_names(teacher.skeleton).items():
+            names.setdefault(first, []).append(name)
+        own = set(teacher.plan.statistics)
+        self.sources = [_source(teacher, first, tuple(same), own) for first, same in names.items()]
+
+    def __call__(self) -> dict[str, Tensor]:
+        """Return the tensors by name; tied names get the same tensor."""
+        result: dict[str, Tensor] = {}
+        for source in self.sources:
+            value = source.slots[source.slot]
+            if source.param_map is not None:
+                value = source.param_map.narrow(value)
+                # torch's CPU batch norm ignores the stride of its weight in the backward of an [N, C] input.
+                value = value.contiguous() if value.dim() == 1 else value
+            for name in source.names:
+                result[name] = value
+        return result
+
+
 def narrow_tensors(teacher: Teacher) -> dict[str, Tensor]:
     """Return every parameter and buffer of the student, computed from the teacher's; differentiable."""
-    plan = teacher.plan
-    canonical = canonical_names(teacher.skeleton)
-    own = set(plan.statistics)
-    done: dict[str, Tensor] = {}
-    result: dict[str, Tensor] = {}
-    for name, first in canonical.items():
-        if first not in done:
-            done[first] = _narrow(teacher, first, own)
-        result[name] = done[first]
-    return result
+    return Narrowing(teacher)()
 
 
-def _narrow(teacher: Teacher, name: str, own: set[str]) -> Tensor:
+def _source(teacher: Teacher, name: str, names: tuple[str, ...], own: set[str]) -> _Source:
     path, _, leaf = name.rpartition(".")
     if name in own:
-        return teacher.get_submodule(f"{STATISTICS}.{path}" if path else STATISTICS)._buffers[leaf]  # type: ignore[return-value]
+        holder = teacher.get_submodule(f"{STATISTICS}.{path}" if path else STATISTICS)
+        return _Source(names, holder._buffers, leaf, None)
     holder = teacher.get_submodule(path)
-    tensor: Tensor | None = holder._parameters.get(leaf)
-    if tensor is None:
-        tensor = holder._buffers[leaf]
-    assert tensor is not None
-    param_map = teacher.plan.params.get(name)
-    if param_map is None:
-        return tensor
-    value = param_map.narrow(tensor)
-    # torch's CPU batch norm ignores the stride of its weight in the backward of an [N, C] input.
-    return value.contiguous() if value.dim() == 1 else value
+    slots: dict[str, Any] = holder._parameters if leaf in holder._parameters else holder._buffers
+    return _Source(names, slots, leaf, teacher.plan.params.get(name))
 
 
 class StudentView(nn.Module):
@@ -104,6 +127,7 @@ class StudentView(nn.Module):
         # In a tuple: the teacher and the meta skeleton are no submodules of the view.
         self._owner = (teacher,)
         self._network = (teacher.skeleton,)
+        self._narrow = Narrowing(teacher)
         for name, module in teacher.skeleton.named_modules():
             module.training = _mode(teacher, name)
         self.training = teacher.training
@@ -120,7 +144,7 @@ class StudentView(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the student; inputs and outputs are those of the original model."""
-        tensors = narrow_tensors(self.teacher)
+        tensors = self._narrow()
         own = {name: tensors[name] for name in self.teacher.plan.statistics}
         result = functional_call(self.network, tensors, args, kwargs)
         for name, tensor in own.items():

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from reparam.ops.maps import Maps, ReplicaMap
 from reparam.ops.steps import Positions
 from reparam.passes.call import At, Call, Name
-from reparam.passes.functionalize import setitem
+from reparam.passes.functionalize import assign, setitem
 from reparam.passes.registry import rule
 from reparam.passes.rules.linear import output_map
 from reparam.passes.values import Free, Int, Pair, Refuse, Value, student, teacher, walk
@@ -328,7 +328,7 @@ def _one_index(call: Call, axis: int, item: Any, is_tuple: bool) -> Value | None
     return call.result({**maps, **({} if chosen is None else {axis: chosen})})
 
 
-@rule(setitem)
+@rule(setitem, assign)
 def set_items(call: Call, value: Value, index: Value, new: Value) -> Value:
     """Assignment into a basic index; what is assigned gets the maps of the place it goes to."""
     items = list(index) if isinstance(index, tuple) else [index]

@@ -198,10 +198,12 @@ def _depthwise(call: Call, channel: int, groups: int, multiplier: int, weight_di
 
 
 def _record(call: Call, weight: Pair, channel: int, out_dim: int, in_dim: int) -> None:
-    """Tell the planner what became of this layer: one multiply-add per weight and output position."""
-    result, node = call.s, call.node
-    batch = result.shape[0] if channel > 0 else 1
-    positions = result.numel() // max(result.shape[channel] * batch, 1)
+    """Tell the planner what became of this layer: a multiply-add per weight and output (transposed: input) place."""
+    node = call.node
+    transposed = "transpose" in str(getattr(node.target, "__name__", node.target))
+    places = node.all_input_nodes[0].meta["val"] if transposed else call.s
+    batch = places.shape[0] if channel > 0 else 1
+    positions = places.numel() // max(places.shape[channel] * batch, 1)
     counts = (positions * weight.s.numel(), positions * weight.t.numel())
     source = _argument(node, 1, "weight", None)
     record_layer(call.planner, node, node.all_input_nodes[0], source, weight, (out_dim, in_dim), counts)

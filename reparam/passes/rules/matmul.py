@@ -6,10 +6,12 @@ import operator
 from typing import Any
 
 import torch
+from torch import fx
 
 from reparam.ops.maps import Maps, ReplicaMap
 from reparam.ops.steps import Scale
 from reparam.passes.call import At, Call, counts_scale
+from reparam.passes.records import record_layer
 from reparam.passes.registry import rule
 from reparam.passes.rules.linear import output_map
 from reparam.passes.values import Free, Pair, Refuse, Value, student
@@ -54,6 +56,10 @@ def sum_product(call: Call, places: list[At], letters: list[str], output: str) -
     """
     chosen = {letter: _map_of(call, places, letters, letter) for letter in dict.fromkeys("".join(letters))}
     summed = [letter for letter in chosen if letter not in output]
+    for letter in summed:
+        phi = chosen[letter]
+        if phi is not None and phi.uniform is None:
+            chosen[letter] = ReplicaMap.repeat(phi.size, int(phi.counts.max()))
     for place, term in zip(places, letters, strict=True):
         value = call.get(place)
         if isinstance(value, Free):
@@ -67,8 +73,6 @@ def sum_product(call: Call, places: list[At], letters: list[str], output: str) -
         )
     for letter in summed:
         if (replica_map := chosen[letter]) is not None:
-            if replica_map.uniform is None:
-                raise Refuse("a sum over unequally many replicas")
             call.scale_out(counts_scale(replica_map, 0, -1.0))
     return {k: m for k, c in enumerate(output) if (m := chosen[c]) is not None}
 
@@ -101,7 +105,18 @@ def _with_weight(
     for letter in [c for c in chosen if c not in output and c not in term]:
         if chosen[letter] is not None:
             call.scale_out(counts_scale(chosen[letter], 0, -1.0))
+    _record(call, places, place, weight, (out_dim, in_dim))
     return {k: m for k, c in enumerate(output) if (m := chosen[c]) is not None}
+
+
+def _record(call: Call, places: list[At], place: At, weight: Pair, dims: tuple[int, int]) -> None:
+    """Tell the planner what became of this layer; the first dimension of the result is the batch."""
+    data = [s for p in places if p is not place and isinstance(s := call.source(p), fx.Node)]
+    if data:
+        batch = call.s.shape[0] if call.s.dim() > 1 else 1
+        positions = call.s.numel() // max(batch * weight.s.shape[dims[0]], 1)
+        counts = (positions * weight.s.numel(), positions * weight.t.numel())
+        record_layer(call.planner, call.node, data[0], call.source(place), weight, dims, counts)
 
 
 def _map_of(call: Call, places: list[At], letters: list[str], letter: str) -> ReplicaMap | None:

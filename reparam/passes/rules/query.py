@@ -6,7 +6,6 @@ import builtins
 import math
 import operator
 from collections import OrderedDict
-from typing import Any
 
 import torch
 
@@ -73,4 +72,3 @@ def assertion(call: Call, condition: Value, message: Value = "") -> Value:
     if isinstance(condition, (Pair, Free)):
         raise Refuse("an assertion about a tensor")
     return None
-

@@ -40,6 +40,9 @@ def reshape_maps(x: Pair, shape: list[int], wide_shape: list[int]) -> Maps:
             if sizes != wide_sizes:
                 raise Refuse("the sizes of a narrow dimension would change")
             continue
+        if math.prod(sizes) > 1 and any(d in x.maps and x.s.shape[d] == 1 for d in ins):
+            # They could join a dimension that is a batch or a resolution.
+            raise Refuse("the replicas of a single channel would join another dimension")
         s = torch.arange(math.prod(sizes)).view([x.s.shape[d] for d in ins])
         t = s
         for k, d in enumerate(ins):
@@ -86,6 +89,11 @@ def _segments(ins: list[int], outs: list[int]) -> list[tuple[list[int], list[int
                 b, pb, j = [*b, j], pb * outs[j], j + 1
             else:
                 break
+        # A dimension of size 1 belongs to what stands in front of it, unless it has a partner.
+        while i < len(ins) and ins[i] == 1 and (j == len(outs) or outs[j] != 1):
+            a, i = [*a, i], i + 1
+        while j < len(outs) and outs[j] == 1 and (i == len(ins) or ins[i] != 1):
+            b, j = [*b, j], j + 1
         segments.append((a, b))
     return segments
 
