@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+_LIBRARIES = ("reparam", "torch", "timm", "torchvision", "numpy", "hypothesis")
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -26,7 +27,7 @@ def provenance(command: str, device: torch.device | None = None) -> dict[str, An
         "command": command,
         "commit": git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(git("status", "--porcelain", "--", "reparam", "benchmarks", "tests")),
-        "versions": {name: _version(name) for name in ("reparam", "torch", "timm", "torchvision", "numpy", "hypothesis")},
+        "versions": {name: _version(name) for name in _LIBRARIES},
         "python": platform.python_version(),
         "device": name,
         "cores": os.cpu_count(),

@@ -13,6 +13,7 @@ import copy
 import resource
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import record
@@ -28,12 +29,15 @@ def main() -> None:
     parser.add_argument("--model", default="resnet18")
     parser.add_argument("--large", default="regnety_2560", help="planned on the meta device")
     parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--folder", type=Path, help="where to write (default: benchmarks/results)")
     arguments = parser.parse_args()
-    model = timm.create_model(arguments.model).eval()
+    device = torch.device(arguments.device)
+    model = timm.create_model(arguments.model).eval().to(device)
     teacher = reparam.expand(model, 2)
     wide = copy.deepcopy(teacher).double().eval()
     plain = copy.deepcopy(model).double().eval()
-    image = torch.randn(1, 3, 224, 224, dtype=torch.float64)
+    image = torch.randn(1, 3, 224, 224, dtype=torch.float64, device=device)
 
     def yardstick() -> None:
         copy.deepcopy(model)
@@ -52,17 +56,19 @@ def main() -> None:
         for name, job in jobs.items():
             start = time.perf_counter()
             job()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
             if run:  # the first round warms up
                 seconds[name].append(time.perf_counter() - start)
     result = {
-        **record.provenance(f"python benchmarks/surgery.py --runs {arguments.runs}"),
+        **record.provenance(f"python benchmarks/surgery.py --runs {arguments.runs} --device {device.type}", device),
         "model": arguments.model,
         "input": [1, 3, 224, 224],
         "threads": torch.get_num_threads(),
         "seconds": {name: record.spread(times) for name, times in seconds.items()},
         "large": _large(arguments.large),
     }
-    print(record.write("surgery.json", result))
+    print(record.write("surgery.json" if device.type == "cpu" else "surgery-cuda.json", result, arguments.folder))
 
 
 def _large(name: str) -> dict[str, Any]:

@@ -112,7 +112,9 @@ class Program:
                 return stand_in if n == gone else n - (n > gone)
 
             kept = [
-                replace(s, inputs=tuple(map(move, s.inputs)), again=None if s.again is None else s.again - (s.again > k))
+                replace(
+                    s, inputs=tuple(map(move, s.inputs)), again=None if s.again is None else s.again - (s.again > k)
+                )
                 for j, s in enumerate(self.steps)
                 if j != k and s.again != k
             ]
@@ -134,7 +136,9 @@ class Network(nn.Module):
         for k, step in enumerate(program.steps):
             if step.again is None:
                 torch.manual_seed(program.seed + 1000 * k)
-                self.add_module(f"{step.name}{k}", OPS[step.name](*(values[i] for i in step.inputs), **dict(step.options)))
+                self.add_module(
+                    f"{step.name}{k}", OPS[step.name](*(values[i] for i in step.inputs), **dict(step.options))
+                )
             values.append(apply(self.step(k), step, values))
 
     def step(self, k: int) -> nn.Module:
@@ -246,7 +250,7 @@ class Builder:
         partners = [
             n
             for n, v in enumerate(self.values)
-            if (not OPS[name].same or v.form == form and v.shape == self.values[first].shape)
+            if (not OPS[name].same or (v.form == form and v.shape == self.values[first].shape))
             and (v.form == form or name == "modulate")
         ]
         return bool(partners) and self.add(name, (first, pick.of(partners)))

@@ -127,7 +127,8 @@ class Conv(Op):
     def __init__(self, x: Value, **o: Any) -> None:
         super().__init__(**o)
         self.conv = CONV[x.dims](
-            x.channels, o["out"], o["kernel"], o["stride"], o["padding"], o["dilation"], o["groups"], o["bias"], o["mode"]
+            x.channels, o["out"], o["kernel"], o["stride"], o["padding"], o["dilation"], o["groups"], o["bias"],
+            o["mode"],
         )  # fmt: skip
         if o["form"] == "weight_norm":
             parametrizations.weight_norm(self.conv, dim=0)
@@ -350,7 +351,7 @@ class Norm(Op):
             options["keep"] = True if few else pick.of((True, True, False))
         if kind == "group":
             options["groups"] = pick.divisor(x.channels)
-        if kind == "instance" and math.prod(x.space) < 4 or kind == "layer_all" and math.prod(x.shape[1:]) > 400:
+        if (kind == "instance" and math.prod(x.space) < 4) or (kind == "layer_all" and math.prod(x.shape[1:]) > 400):
             return None
         return options
 
@@ -542,7 +543,7 @@ class Cat(Op):
 
     @classmethod
     def draw(cls, pick: Pick, a: Value, b: Value) -> dict[str, Any] | None:
-        if a.form == "image" and a.space == b.space or a.form == "tokens" and a.shape[1] == b.shape[1]:
+        if (a.form == "image" and a.space == b.space) or (a.form == "tokens" and a.shape[1] == b.shape[1]):
             return {"dim": 1 if a.form == "image" else -1, "form": pick.of(("list", "tuple", "resize"))}
         if a.form == "vector":
             return {"dim": 1, "form": "list"}
@@ -569,14 +570,14 @@ class Modulate(Op):
         self.image = x.form == "image"
         self.axes = x.dims
         self.pooled = {"image": tuple(range(2, v.dims + 2)), "tokens": (1,), "vector": ()}[v.form]
-        self.to = nn.Linear(v.channels, 2 * x.channels)
+        self.film = nn.Linear(v.channels, 2 * x.channels)
 
     @classmethod
     def draw(cls, pick: Pick, x: Value, v: Value) -> dict[str, Any] | None:
         return {"form": pick.of(("chunk", "split", "view", "unbind"))}
 
     def forward(self, x: Tensor, v: Tensor) -> Tensor:
-        y, form = self.to(v.mean(self.pooled) if self.pooled else v), self.o["form"]
+        y, form = self.film(v.mean(self.pooled) if self.pooled else v), self.o["form"]
         if form == "chunk":
             scale, shift = y.chunk(2, dim=1)
         elif form == "split":

@@ -336,8 +336,10 @@ simple(
         "std_all": lambda x: x * (x.std(correction=0) + 0.5),
         "var_space": lambda x: x / (0.5 + x.var(-1, keepdim=True)),
         "var_several": lambda x: x / (1 + x.var(tuple(range(1, x.dim())), keepdim=True)),
-        "var_mean": lambda x: (x - torch.var_mean(x, 1, keepdim=True)[1])
-        / (torch.var_mean(x, dim=1, correction=0, keepdim=True)[0] + 0.5).sqrt(),
+        "var_mean": lambda x: (
+            (x - torch.var_mean(x, 1, keepdim=True)[1])
+            / (torch.var_mean(x, dim=1, correction=0, keepdim=True)[0] + 0.5).sqrt()
+        ),
         "rms": lambda x: x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + 0.1),
         "norm": lambda x: x / (0.5 + x.norm(2, 1, keepdim=True)),
         "norm1": lambda x: x / (0.5 + torch.norm(x, p=1, dim=1, keepdim=True)),
@@ -358,10 +360,9 @@ simple(
         "mean_all": lambda x: x - x.mean(),
         "prod": lambda x: x * torch.tanh(x.prod(1, keepdim=True)),
         "dot": lambda x: x * torch.einsum("bc...,bc...->b...", x, torch.tanh(x)).unsqueeze(1).tanh(),
-        "cov": lambda x: torch.einsum("bcn,bdn->bcd", x.flatten(2), x.flatten(2)).softmax(-1)
-        @ x.flatten(2)
-        if x.dim() == 3
-        else x,
+        "cov": lambda x: (
+            torch.einsum("bcn,bdn->bcd", x.flatten(2), x.flatten(2)).softmax(-1) @ x.flatten(2) if x.dim() == 3 else x
+        ),
         "bmm": lambda x: torch.bmm(torch.bmm(x, x.transpose(1, 2)).tanh(), x) * 0.1 if x.dim() == 3 else x,
     },
     "reduce",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -82,7 +81,6 @@ def around(
     fixed: bool = False, shape: tuple[int, ...] | None = None, marks: tuple[Any, ...] = (),
 ) -> Row:  # fmt: skip
     """A row whose operator stands between two layers; ``fixed``: it accepts one resolution only."""
-    first, make = make, lambda: copy.deepcopy(first())
     sizes = SIZES[dims] if shape is None else [shape, shape]
     head = (3,) if dims else ()
     inputs = tuple(((*head, *size),) for size in (sizes[:1] * 2 if fixed else sizes))

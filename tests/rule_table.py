@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import operator
 from collections import OrderedDict
@@ -15,6 +16,8 @@ import torch.nn.utils.parametrizations as P
 from rule_nets import CONVS, Row, around, op, tokens, whole
 from timm.layers import (
     BatchNormAct2d,
+    BlurPool2d,
+    DropPath,
     FrozenBatchNormAct2d,
     GroupNorm1Act,
     GroupNormAct,
@@ -24,6 +27,7 @@ from timm.layers import (
     RmsNorm,
     RmsNorm2d,
     ScaledStdConv2d,
+    SqueezeExcite,
     StdConv2d,
 )
 from torch import Tensor, nn
@@ -32,6 +36,7 @@ TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3
 BATCH = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 INSTANCE = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
 C = 8
+OLD_STYLE = (pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),)
 EVEN_SAME = (pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths"),)
 
 # -- convolutions ------------------------------------------------------------------------------------------------------
@@ -144,8 +149,8 @@ NORM_ROWS = [
     tokens("rms_norm-two-dims", lambda x, m: m.n(x), n=lambda: nn.RMSNorm((6, C), eps=1e-6)),
     tokens("F.rms_norm", lambda x, m: F.rms_norm(x, [C], m.w, 1e-5), w=(C,)),
     tokens("rms_norm-by-hand", lambda x, m: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * m.w, w=(C,)),
-    around("local_response_norm", lambda: nn.LocalResponseNorm(3), "slides over"),
-    around("cross_map_lrn", lambda: nn.CrossMapLRN2d(3), "no rule"),
+    around("local_response_norm", lambda: nn.LocalResponseNorm(3), "neighbouring channels"),
+    around("cross_map_lrn", lambda: nn.CrossMapLRN2d(3), "no rule", marks=OLD_STYLE),
     around("timm-BatchNormAct2d", lambda: BatchNormAct2d(C)),
     around("timm-BatchNormAct2d-silu", lambda: BatchNormAct2d(C, act_layer=nn.SiLU)),
     around("timm-FrozenBatchNormAct2d", lambda: FrozenBatchNormAct2d(C)),
@@ -181,7 +186,7 @@ UNARY = """
 """.split()
 
 POINTWISE_ROWS = [
-    *[around(f"act-{k}-{a}".replace(" ", ""), lambda a=a: a) for k, a in enumerate(ACTIVATIONS)],
+    *[around(f"act-{k}-{a}".replace(" ", ""), lambda a=a: copy.deepcopy(a)) for k, a in enumerate(ACTIVATIONS)],
     around("softmax-channels", lambda: nn.Softmax(1), "would change"),
     around("log_softmax-channels", lambda: nn.LogSoftmax(dim=1), "would change"),
     around("softmax2d", lambda: nn.Softmax2d(), "would change"),
@@ -319,7 +324,7 @@ MOVEMENT_ROWS = [
     op("reshape-arithmetic", lambda x, m: x.reshape(x.shape[0], x.shape[1] // 2, 2, *x.shape[2:]).mean(2), "reduced"),
     op("reshape-prod", lambda x, m: x.reshape(x.shape[0], math.prod(x.shape[1:])), tail="linear", fixed=True),
     op("reshape-numel", lambda x, m: x.view(x.numel() // (x.shape[2] * x.shape[3]), -1).view(x.shape)),
-    op("reshape-int", lambda x, m: x.view(int(x.shape[0]), int(x.shape[1] / 2), 2, *x.shape[2:]).amax(2), "recorded"),
+    op("reshape-int", lambda x, m: x.view(int(x.shape[0]), int(x.shape[1] / 2), 2, *x.shape[2:]).amax(2), "another constant"),
     tokens("reshape-heads", lambda x, m: x.reshape(x.shape[0], x.shape[1], 2, C // 2).transpose(1, 2).transpose(1, 2).flatten(2)),
     op("permute", lambda x, m: x.permute(0, 2, 3, 1), tail="linear"),
     op("torch.permute", lambda x, m: torch.permute(x, (0, 2, 3, 1)).permute((0, 3, 1, 2))),
@@ -398,9 +403,35 @@ MOVEMENT_ROWS = [
     op("flip-space", lambda x, m: torch.flip(x, [2, 3]).flip(-1)),
     op("setitem", lambda x, m: _assign(x, slice(None), slice(0, 1), 0.0)),
     op("setitem-channels", lambda x, m: _assign(x, slice(0, 2), slice(None), 0.0)),
+    op("setitem-view", lambda x, m: _assign_view(x)),
+    op("setitem-base", lambda x, m: _assign_base(x)),
+    op("setitem-shift", lambda x, m: _shift(x)),
+    op("setitem-twice", lambda x, m: _assign(_assign(x, slice(None), slice(0, 1), 0.0), slice(3, None), slice(2, 3), x[:, 3:, :1])),
     op("setitem-tensor", lambda x, m: _assign(x, slice(None), slice(0, 1), x[:, :, 1:2])),
     op("meshgrid-positions", lambda x, m: x + torch.arange(x.shape[2], dtype=x.dtype)[:, None]),
 ]  # fmt: skip
+
+
+def _assign_view(x: Tensor) -> Tensor:
+    x = x.clone()
+    view = x[:, 2:5]
+    view[:, :, 0] = 1.0
+    return x
+
+
+def _assign_base(x: Tensor) -> Tensor:
+    x = x.clone()
+    view = x[:, 2:5]
+    x[:, :, 0] = 1.0
+    return view + x[:, :3]
+
+
+def _shift(x: Tensor) -> Tensor:
+    out = torch.zeros_like(x)
+    out[:, :2, 1:] = x[:, :2, :-1]
+    out[:, 2:4, :-1] = x[:, 2:4, 1:]
+    out[:, 4:] = x[:, 4:]
+    return out
 
 
 def _assign(x: Tensor, channels: slice, rows: slice, value: Any) -> Tensor:
@@ -456,7 +487,7 @@ BROADCAST_ROWS = [
     tokens("position-embedding", lambda x, m: x + m.p[:, : x.shape[1]], p=(1, 9, C)),
     op("constant-tensor", lambda x, m: x * torch.arange(1.0, C + 1, dtype=torch.float64).view(1, C, 1, 1)),
     op("scale-by-width", lambda x, m: x * x.shape[1] ** -0.5 + x / math.sqrt(x.shape[1]) + x.size(1)),
-    op("scale-by-float-width", lambda x, m: x / float(x.shape[1]) + x * (1.0 / x.shape[1]), "recorded"),
+    op("scale-by-float-width", lambda x, m: x / float(x.shape[1]) + x * (1.0 / x.shape[1]), "rearranged"),
     op("sum-over-width", lambda x, m: x - x.sum(1, keepdim=True) / x.shape[1]),
     op("logaddexp", lambda x, m: torch.logaddexp(x, m.a) + torch.hypot(x, m.a) + torch.atan2(x, m.a), a=(C, 1, 1)),
 ]  # fmt: skip
@@ -702,6 +733,17 @@ class Custom(nn.Module):
         return Double.apply(x)
 
 
+class SizeDependent(nn.Module):
+    """Control flow on a resolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Conv2d(C, C, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.f(x) if x.shape[-1] > 9 else self.f(x).relu()
+
+
 IMAGE = ((3, 8, 8),)
 OTHER = ((3, 10, 6),)
 
@@ -727,7 +769,15 @@ WHOLE_ROWS = [
     op("topk", lambda x, m: x.topk(2, 1)[0], "no rule"),
     tokens("cdist", lambda x, m: torch.cdist(x, x) @ x, "no rule"),
     tokens("inverse", lambda x, m: torch.linalg.inv(x.transpose(1, 2) @ x + torch.eye(C, dtype=x.dtype)) + x.mean(1, True), ""),
-    around("autograd-function", Custom, "recorded"),
+    around("drop-path", lambda: DropPath(0.3)),
+    op("random-sizes", lambda x, m: x + torch.rand(x.shape, dtype=x.dtype) + torch.randn(x.size(0), x.size(1), 1, 1, dtype=x.dtype)),
+    op("arange-channels", lambda x, m: x + torch.arange(x.shape[1], dtype=x.dtype).view(1, -1, 1, 1)),
+    op("eye", lambda x, m: x.mean((2, 3)) @ torch.eye(x.shape[1], dtype=x.dtype), tail="linear"),
+    tokens("linspace", lambda x, m: x + torch.linspace(0, 1, x.shape[-1], dtype=x.dtype)),
+    around("squeeze-excite", lambda: SqueezeExcite(C)),
+    around("blur-pool", lambda: BlurPool2d(C)),
+    around("leaf-of-sizes", SizeDependent),
+    around("autograd-function", Custom, "no rule"),
     op("random-noise", lambda x, m: x + torch.randn_like(x), "random"),
     op("kron", lambda x, m: torch.kron(x, torch.ones(1, 1, 2, 2, dtype=x.dtype)), "no rule"),
 ]  # fmt: skip

@@ -31,7 +31,7 @@ def both(model: Any, match: str, kind: type[Exception] = InputError, **options: 
         assert isinstance(caught.value, (ValueError, RuntimeError))
 
 
-# Arguments -------------------------------------------------------------------------------------------------------------
+# Arguments -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,9 @@ def test_ratio(ratio: Any, match: str) -> None:
 
 @pytest.mark.parametrize("noise", [-0.1, 1.5, "0.25", True, None, float("nan"), float("inf")])
 def test_noise(noise: Any) -> None:
-    with pytest.raises(InputError, match=r"noise must be a number in \[0, 1\] \(relative to the rms of each weight\), not"):
+    with pytest.raises(
+        InputError, match=r"noise must be a number in \[0, 1\] \(relative to the rms of each weight\), not"
+    ):
         reparam.expand(net(), 2, example_input=X, noise=noise)
 
 
@@ -63,7 +65,9 @@ def test_branches() -> None:
 
 def test_ignore_that_matches_nothing() -> None:
     model = UNet()
-    both(model, r"ignore entry 'midle\.0' matches no module or parameter; did you mean .*'middle\.0'", ignore=["midle.0"])
+    both(
+        model, r"ignore entry 'midle\.0' matches no module or parameter; did you mean .*'middle\.0'", ignore=["midle.0"]
+    )
     both(model, r"ignore entry 'heads' matches no module or parameter; did you mean 'head'", ignore="heads")
     both(model, r"ignore entry 'zzz\.\*' matches no module or parameter$", ignore=["head", "zzz.*"])
     both(model, r"ignore entry <class .*Conv1d'> matches no .*; did you mean 'Conv2d'", ignore=[nn.Conv1d])
@@ -71,7 +75,7 @@ def test_ignore_that_matches_nothing() -> None:
     both(model, r"an ignore entry is a name, a glob or a module type, not int", ignore=3)
 
 
-# The model -------------------------------------------------------------------------------------------------------------
+# The model -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -104,7 +108,11 @@ def test_distributed_data_parallel(tmp_path: Path) -> None:
 
 def test_compiled() -> None:
     model = torch.compile(net(), backend="eager")
-    both(model, r"wrapped in OptimizedModule: pass the model itself \(model\._orig_mod\) and compile the result", ModelError)
+    both(
+        model,
+        r"wrapped in OptimizedModule: pass the model itself \(model\._orig_mod\) and compile the result",
+        ModelError,
+    )
 
 
 def test_a_wrapper_inside_is_named_by_its_path() -> None:
@@ -173,7 +181,11 @@ def test_infinite_buffers_of_the_design_are_fine() -> None:
 
 
 def test_without_parameters() -> None:
-    both(nn.Sequential(nn.ReLU(), nn.MaxPool2d(2)), r"\(Sequential\) has no parameters; there is nothing to expand", ModelError)
+    both(
+        nn.Sequential(nn.ReLU(), nn.MaxPool2d(2)),
+        r"\(Sequential\) has no parameters; there is nothing to expand",
+        ModelError,
+    )
 
 
 def test_lazy() -> None:
@@ -187,10 +199,15 @@ def test_quantized() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.ao is on its way out
         model = torch.ao.quantization.quantize_dynamic(mlp(), {nn.Linear}, dtype=torch.qint8)
-    both(model, r"0: Linear is quantized; expand the model before quantizing it", ModelError, example_input=torch.randn(4, 20))
+    both(
+        model,
+        r"0: Linear is quantized; expand the model before quantizing it",
+        ModelError,
+        example_input=torch.randn(4, 20),
+    )
 
 
-# The example input -----------------------------------------------------------------------------------------------------
+# The example input ---------------------------------------------------------------------------------------------------
 
 
 def test_example_of_the_wrong_shape() -> None:
@@ -200,9 +217,17 @@ def test_example_of_the_wrong_shape() -> None:
 
 
 def test_example_of_the_wrong_dtype() -> None:
-    both(net(), r"dtype torch\.float64 and the model torch\.float32; convert it: \.to\(torch\.float32\)", example_input=X.double())
+    both(
+        net(),
+        r"dtype torch\.float64 and the model torch\.float32; convert it: \.to\(torch\.float32\)",
+        example_input=X.double(),
+    )
     both(net().double(), r"dtype torch\.float32 and the model torch\.float64", example_input=X)
-    both(net(), r"Sequential does not accept the example_input \(uint8\[2, 3, 16, 16\]\)", example_input=X.to(torch.uint8))
+    both(
+        net(),
+        r"Sequential does not accept the example_input \(uint8\[2, 3, 16, 16\]\)",
+        example_input=X.to(torch.uint8),
+    )
 
 
 def test_example_on_another_device() -> None:
@@ -224,7 +249,11 @@ def test_example_of_the_wrong_kind() -> None:
     both(net(), match.format("str"), example_input="x")
     both(net(), "example_input holds no tensor", example_input=())
     both(net(), "example_input holds no tensor", example_input=(3, 224))
-    both(net(), r"does not accept the example_input .*takes 2 positional arguments but 3 were given", example_input=(X, X))
+    both(
+        net(),
+        r"does not accept the example_input .*takes 2 positional arguments but 3 were given",
+        example_input=(X, X),
+    )
     both(net(), r"does not accept the example_input .*unexpected keyword argument 'image'", example_input={"image": X})
 
 
@@ -237,7 +266,9 @@ def test_no_example_can_be_found() -> None:
         def forward(self, left: Tensor, right: Tensor) -> Tensor:
             return self.layer(left + right)
 
-    match = r"no example input can be found for Odd; give one, for instance reparam\.expand\(model, ratio=2, example_input="
+    match = (
+        r"no example input can be found for Odd; give one, for instance reparam\.expand\(model, ratio=2, example_input="
+    )
     both(Odd(), match, example_input=None)
 
 
@@ -246,7 +277,7 @@ def test_an_example_is_found(model: nn.Module) -> None:
     assert reparam.plan(model.eval(), 2).coverage == 1.0
 
 
-# Capture ---------------------------------------------------------------------------------------------------------------
+# Capture -------------------------------------------------------------------------------------------------------------
 
 
 class Branches(nn.Module):
@@ -275,12 +306,14 @@ def test_untraceable_inside_is_kept_whole() -> None:
     model = nn.Sequential(nn.Conv2d(3, 3, 1), Branches(), nn.Conv2d(4, 4, 1)).eval()
     made = reparam.plan(model, 2, example_input=X)
     assert list(made.leaves) == ["1"]
-    assert {layer.reason.split(":")[0] for layer in made.layers if not layer.widened} >= {"inside 1, which is kept as it is"}
+    assert {layer.reason.split(":")[0] for layer in made.layers if not layer.widened} >= {
+        "inside 1, which is kept as it is"
+    }
     teacher = reparam.expand(model, 2, example_input=X)
     torch.testing.assert_close(teacher(X), model(X), rtol=1e-4, atol=1e-5)
 
 
-# Verification ----------------------------------------------------------------------------------------------------------
+# Verification --------------------------------------------------------------------------------------------------------
 
 
 def test_a_wrong_rule_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

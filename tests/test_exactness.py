@@ -88,7 +88,7 @@ def test_float32(case: Case) -> None:
         assert error(reference, teacher(x.float())) <= 4 * max(own, 4 * EPS32)
 
 
-# Ratios ---------------------------------------------------------------------------------------------------------------
+# Ratios --------------------------------------------------------------------------------------------------------------
 
 FEW = "resnet18 mobilenetv3_small_050 regnetx_002 ghostnet_050 convnext_atto shufflenet_v2_x0_5 nfnet resnetv2_bit".split()
 SMALL = "net1d net3d unet mlp weight_norm hook_weight_norm spectral_norm tied".split()
@@ -130,7 +130,7 @@ def test_ratio_1_changes_nothing() -> None:
         assert torch.equal(case.model(x), teacher(x))
 
 
-# Train mode -----------------------------------------------------------------------------------------------------------
+# Train mode ----------------------------------------------------------------------------------------------------------
 
 
 def without_drops(model: nn.Module) -> nn.Module:

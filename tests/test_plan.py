@@ -27,7 +27,7 @@ def unet() -> Plan:
     return reparam.plan(UNet(), 2, example_input=X)
 
 
-# Contents --------------------------------------------------------------------------------------------------------------
+# Contents ------------------------------------------------------------------------------------------------------------
 
 
 def test_layers(unet: Plan) -> None:
@@ -67,7 +67,9 @@ def test_multiply_adds_of_resnet18() -> None:
 
 
 def test_multiply_adds_by_hand() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=2, groups=2), nn.Flatten())
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=2, groups=2), nn.Flatten()
+    )
     model.append(nn.Linear(8 * 7 * 7, 10))
     made = reparam.plan(model, 2, example_input=torch.randn(5, 3, 16, 16))
     assert [x.multiply_adds for x in made.layers] == [16 * 16 * 27 * 8, 7 * 7 * 36 * 8, 8 * 49 * 10]
@@ -105,7 +107,7 @@ def test_ratio_3() -> None:
     assert layers["middle.0.weight"].wide_shape == (96, 48, 3, 3)
 
 
-# For people ------------------------------------------------------------------------------------------------------------
+# For people ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_table(unet: Plan) -> None:
@@ -168,7 +170,7 @@ def test_drawing_with_graphviz(unet: Plan, tmp_path: Path) -> None:
 
 def test_drawing_calls_graphviz(unet: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = tmp_path / "dot"
-    program.write_text("#!/bin/sh\necho \"<svg $1>\"\ncat\n")
+    program.write_text('#!/bin/sh\necho "<svg $1>"\ncat\n')
     program.chmod(0o755)
     monkeypatch.setattr(shutil, "which", lambda _name: str(program))
     written = unet.draw(str(tmp_path / "plan.svg"))
@@ -177,11 +179,13 @@ def test_drawing_calls_graphviz(unet: Plan, tmp_path: Path, monkeypatch: pytest.
 
 
 def test_drawing_as_something_else(unet: Plan, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"cannot draw a plan as 'plan\.jpeg': the ending must be \.svg, \.png or \.dot"):
+    with pytest.raises(
+        InputError, match=r"cannot draw a plan as 'plan\.jpeg': the ending must be \.svg, \.png or \.dot"
+    ):
         unet.draw(tmp_path / "plan.jpeg")
 
 
-# For files -------------------------------------------------------------------------------------------------------------
+# For files -----------------------------------------------------------------------------------------------------------
 
 
 def same(a: Plan, b: Plan) -> None:
@@ -223,7 +227,9 @@ def test_json_of_keyword_inputs_and_constants() -> None:
 def test_unknown_version(unet: Plan) -> None:
     data = json.loads(unet.to_json())
     data["version"] = 99
-    with pytest.raises(FormatError, match=r"this plan has version 99, this release of reparam reads version 1; make the"):
+    with pytest.raises(
+        FormatError, match=r"this plan has version 99, this release of reparam reads version 1; make the"
+    ):
         Plan.from_json(json.dumps(data))
 
 
@@ -278,7 +284,7 @@ def test_damaged_tables(unet: Plan) -> None:
             Plan.from_json(change(path, value))
 
 
-# Ignoring layers -------------------------------------------------------------------------------------------------------
+# Ignoring layers -----------------------------------------------------------------------------------------------------
 
 
 def kept(made: Plan) -> set[str]:
@@ -324,7 +330,7 @@ def test_everything_ignored() -> None:
     assert not made.params
 
 
-# Without weights -------------------------------------------------------------------------------------------------------
+# Without weights -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("builder", [UNet, Net1d, mlp])

@@ -216,7 +216,7 @@ def test_what_training_code_asks_a_model_is_kept() -> None:
     assert (teacher.stem.in_channels, teacher.stem.out_channels, teacher.head.in_features) == (3, 16, 16)
 
 
-# After training --------------------------------------------------------------------------------------------------------
+# After training ------------------------------------------------------------------------------------------------------
 
 
 def train(teacher: nn.Module, shape: tuple[int, ...], steps: int = 4) -> None:

@@ -18,7 +18,7 @@ from reparam.ops.params import Noise, ParamMap
 from reparam.ops.steps import contract
 from reparam.passes.teacher import Teacher
 
-# The law of the noise --------------------------------------------------------------------------------------------------
+# The law of the noise ------------------------------------------------------------------------------------------------
 
 LAYOUTS = {
     "default": lambda n, r: ReplicaMap.repeat(n, r),
@@ -99,7 +99,7 @@ def test_noise_keeps_function_and_student(ratio: int, noise: float) -> None:
     assert all(error(t, state[key]) <= (0 if ratio != 3 else 1e-15) for key, t in model.state_dict().items())
 
 
-# After training --------------------------------------------------------------------------------------------------------
+# After training ------------------------------------------------------------------------------------------------------
 
 
 def distances(teacher: Teacher, x: Tensor) -> dict[str, float]:

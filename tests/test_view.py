@@ -48,7 +48,7 @@ def teacher_of(model: nn.Module, ratio: int = 2, shape: tuple[int, ...] = (2, 2,
 X = sample((3, 2, 5, 6))
 
 
-# Gradients -------------------------------------------------------------------------------------------------------------
+# Gradients -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ratio", [2, 3])
@@ -135,7 +135,7 @@ def test_frozen_parameters_stay_frozen() -> None:
     assert teacher.head.weight.grad is not None
 
 
-# One object ------------------------------------------------------------------------------------------------------------
+# One object ----------------------------------------------------------------------------------------------------------
 
 
 def test_one_view_per_teacher() -> None:
@@ -225,7 +225,7 @@ def test_a_view_of_something_else() -> None:
         reparam.extract(model)
 
 
-# Copies ----------------------------------------------------------------------------------------------------------------
+# Copies --------------------------------------------------------------------------------------------------------------
 
 
 def same(a: nn.Module, b: nn.Module) -> bool:
@@ -238,7 +238,9 @@ def test_deepcopy_of_the_teacher() -> None:
     clone = copy.deepcopy(teacher)
     assert same(teacher, clone)
     assert clone.plan is teacher.plan
-    assert not {t.data_ptr() for t in teacher.state_dict().values()} & {t.data_ptr() for t in clone.state_dict().values()}
+    assert not {t.data_ptr() for t in teacher.state_dict().values()} & {
+        t.data_ptr() for t in clone.state_dict().values()
+    }
     with torch.no_grad():
         assert torch.equal(teacher(X), clone(X))
         before = teacher(X)
@@ -314,7 +316,7 @@ def test_moving_average_of_a_teacher() -> None:
         assert error(student(X), view.eval()(X)) > 1e-6
 
 
-# Modes of the teacher --------------------------------------------------------------------------------------------------
+# Modes of the teacher ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("copied", [False, True], ids=["made", "copied"])
@@ -371,7 +373,7 @@ def test_the_view_obeys_train_and_eval() -> None:
         assert torch.equal(view(X), view(X))
 
 
-# Other wrappers --------------------------------------------------------------------------------------------------------
+# Other wrappers ------------------------------------------------------------------------------------------------------
 
 
 def test_compile() -> None:
@@ -422,7 +424,7 @@ def test_half_precision_autocast() -> None:
         assert error(view(X.float()).float(), teacher(X.float()).float()) < 0.1
 
 
-# Taps ------------------------------------------------------------------------------------------------------------------
+# Taps ----------------------------------------------------------------------------------------------------------------
 
 
 def test_taps_of_student_view_and_teacher() -> None:

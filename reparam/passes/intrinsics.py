@@ -1,11 +1,12 @@
 """Operators that torch writes as modules with control flow on the training flag, as one graph operator each.
 
-Also custom autograd functions: their C++ entry would take a symbolic value for a tensor.
+Also what would fail or crash on symbolic values: custom autograd functions, tensors made from sizes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.nn.utils import parametrizations, spectral_norm
+from torch.utils import _pytree as pytree
 
 
 def spectral_normalize(
@@ -42,13 +44,45 @@ def spectral_normalize(
     return weight / sigma
 
 
+Record = Callable[..., Any]
+Patch = tuple[Any, str, Any]
+
+_FACTORIES = "zeros ones empty full rand randn randint arange linspace eye".split()
+
+
 @contextlib.contextmanager
-def intrinsics(record: Callable[[Callable[..., Any], tuple[Any, ...]], Any]) -> Iterator[None]:
-    """While active, spectral norms are recorded as ``spectral_normalize``, autograd functions as their ``apply``.
+def intrinsics(record: Record) -> Iterator[None]:
+    """While active, operators that the tracer cannot look into are recorded as one node each.
+
+    These are spectral norms (as ``spectral_normalize``), instance norms, custom autograd functions, and factories of
+    tensors whose sizes are symbolic.
 
     Args:
-        record: gets the operator and its arguments; returns the recorded value, or NotImplemented to run torch's code.
+        record: ``record(function, args, kwargs)`` returns the recorded value, or NotImplemented to run torch's code.
     """
+    patches = [*_spectral_norms(record), *_instance_norms(), *_autograd_functions(record), *_factories(record)]
+    with contextlib.ExitStack() as stack:
+        for holder, name, value in patches:
+            stack.callback(_restore, holder, name, vars(holder).get(name, _MISSING))
+            setattr(holder, name, value)
+        yield
+
+
+_MISSING = object()
+
+
+def _restore(holder: Any, name: str, value: Any) -> None:
+    if value is _MISSING:
+        delattr(holder, name)
+    else:
+        setattr(holder, name, value)
+
+
+def _is_symbolic(*values: Any) -> bool:
+    return any(issubclass(type(leaf), fx.Proxy) for leaf in pytree.tree_leaves(values))
+
+
+def _spectral_norms(record: Record) -> list[Patch]:
     modern, hook = parametrizations._SpectralNorm, spectral_norm.__globals__["SpectralNorm"]
     plain_forward, plain_compute = modern.forward, hook.compute_weight
 
@@ -56,42 +90,65 @@ def intrinsics(record: Callable[[Callable[..., Any], tuple[Any, ...]], Any]) -> 
         if weight.ndim == 1:
             return plain_forward(self, weight)
         arguments = (weight, self._u, self._v, self.training, self.dim, self.n_power_iterations, self.eps, True)
-        value = record(spectral_normalize, arguments)
+        value = record(spectral_normalize, arguments, {})
         return plain_forward(self, weight) if value is NotImplemented else value
 
     def compute_weight(self: Any, module: Any, do_power_iteration: Any) -> Any:
         weight, u, v = (getattr(module, self.name + end) for end in ("_orig", "_u", "_v"))
         arguments = (weight, u, v, do_power_iteration, self.dim, self.n_power_iterations, self.eps, False)
-        value = record(spectral_normalize, arguments)
+        value = record(spectral_normalize, arguments, {})
         return plain_compute(self, module, do_power_iteration) if value is NotImplemented else value
 
-    function = torch.autograd.Function
-    own, plain_apply = vars(function).get("apply"), inspect.getattr_static(function, "apply")
+    return [(modern, "forward", forward), (hook, "compute_weight", compute_weight)]
 
-    def apply(cls: Any, *args: Any) -> Any:
-        value = record(_named(cls), args) if _is_symbolic(args) else NotImplemented
-        return plain_apply.__get__(None, cls)(*args) if value is NotImplemented else value
 
+def _instance_norms() -> list[Patch]:
     instance = torch.nn.modules.instancenorm._InstanceNorm
-    plain_instance = instance.forward
+    plain = instance.forward
 
-    def normalize(self: Any, x: Any) -> Any:
+    def forward(self: Any, x: Any) -> Any:
         # torch compares the width with num_features first, which the tracer would take for control flow.
-        if not issubclass(type(x), fx.Proxy) or x.dim() == self._get_no_batch_dim():
-            return plain_instance(self, x)
+        if not _is_symbolic(x) or x.dim() == self._get_no_batch_dim():
+            return plain(self, x)
         self._check_input_dim(x)
         batch = self.training if self.track_running_stats else True
         statistics = (self.running_mean, self.running_var, self.weight, self.bias)
         return F.instance_norm(x, *statistics, batch, self.momentum, self.eps)
 
-    instance.forward = normalize  # type: ignore[method-assign]
-    modern.forward, hook.compute_weight = forward, compute_weight  # type: ignore[method-assign]
-    function.apply = classmethod(apply)  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        modern.forward, hook.compute_weight = plain_forward, plain_compute  # type: ignore[method-assign]
-        instance.forward = plain_instance  # type: ignore[method-assign]
-        del function.apply
-        if own is not None:
-            function.apply = own
+    return [(instance, "forward", forward)]
+
+
+def _autograd_functions(record: Record) -> list[Patch]:
+    function = torch.autograd.Function
+    plain = inspect.getattr_static(function, "apply")
+
+    def apply(cls: Any, *args: Any) -> Any:
+        # Their C++ entry would take a symbolic value for a tensor.
+        value = record(_applied(cls), args, {}) if _is_symbolic(args) else NotImplemented
+        return plain.__get__(None, cls)(*args) if value is NotImplemented else value
+
+    return [(function, "apply", classmethod(apply))]
+
+
+@functools.cache
+def _applied(cls: Any) -> Callable[..., Any]:
+    """Return ``cls.apply`` as a function with a name."""
+
+    def apply(*args: Any) -> Any:
+        return cls.apply(*args)
+
+    apply.__name__ = apply.__qualname__ = cls.__name__
+    apply.__module__ = cls.__module__
+    return apply
+
+
+def _factories(record: Record) -> list[Patch]:
+    def symbolic(plain: Any) -> Any:
+        @functools.wraps(plain)
+        def make(*args: Any, **kwargs: Any) -> Any:
+            value = record(plain, args, kwargs) if _is_symbolic(args, kwargs) else NotImplemented
+            return plain(*args, **kwargs) if value is NotImplemented else value
+
+        return make
+
+    return [(torch, name, symbolic(getattr(torch, name))) for name in _FACTORIES]

@@ -194,10 +194,10 @@ class ModelTracer(fx.Tracer):
         drop_unused(graph)
         return graph
 
-    def _intrinsic(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    def _intrinsic(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._evaluating or self is not _TRACERS[-1]:
             return NotImplemented
-        return self.create_proxy("call_function", function, args, {})
+        return self.create_proxy("call_function", function, args, kwargs)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         """Make one placeholder per example input that holds a tensor; other inputs are constants."""
