@@ -74,6 +74,9 @@ def check(program: Program, ratio: int) -> Outcome:
         torch.manual_seed(0)
         teacher = reparam.expand(student, ratio=ratio, example_input=x)
     _demand(errors[0], TOLERANCE, "a node")
+    for name, tensor in teacher.state_dict().items():
+        if any(n > 1 and step == 0 for n, step in zip(tensor.shape, tensor.stride(), strict=True)):
+            raise Mismatch(f"values of {name} share their memory")
     output = _outputs(program, student, teacher)
     _round_trip(student, teacher, ratio)
     gradient = _gradients(program, student, teacher)

@@ -77,8 +77,8 @@ def net(op: Callable[[], nn.Module], dims: int, width: int, tail: str, sample: t
 
 
 def around(
-    name: str, make: Callable[[], nn.Module], expect: str = "wide", *, dims: int = 2, width: int = 8, tail: str = "conv",
-    fixed: bool = False, shape: tuple[int, ...] | None = None, marks: tuple[Any, ...] = (),
+    name: str, make: Callable[[], nn.Module], expect: str = "wide", *, dims: int = 2, width: int = 8,
+    tail: str = "conv", fixed: bool = False, shape: tuple[int, ...] | None = None, marks: tuple[Any, ...] = (),
 ) -> Row:  # fmt: skip
     """A row whose operator stands between two layers; ``fixed``: it accepts one resolution only."""
     sizes = SIZES[dims] if shape is None else [shape, shape]

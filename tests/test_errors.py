@@ -211,7 +211,10 @@ def test_quantized() -> None:
 
 
 def test_example_of_the_wrong_shape() -> None:
-    match = r"Sequential does not accept the example_input \(float32\[2, 5, 16, 16\]\): RuntimeError: .*; give an input that model\(\.\.\.\) itself accepts"
+    match = (
+        r"Sequential does not accept the example_input \(float32\[2, 5, 16, 16\]\): RuntimeError: .*; "
+        r"give an input that model\(\.\.\.\) itself accepts"
+    )
     both(net(), match, example_input=torch.randn(2, 5, 16, 16))
     both(net(), r"Sequential does not accept the example_input \(float32\[7\]\)", example_input=torch.randn(7))
 

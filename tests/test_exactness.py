@@ -90,7 +90,10 @@ def test_float32(case: Case) -> None:
 
 # Ratios --------------------------------------------------------------------------------------------------------------
 
-FEW = "resnet18 mobilenetv3_small_050 regnetx_002 ghostnet_050 convnext_atto shufflenet_v2_x0_5 nfnet resnetv2_bit".split()
+FEW = [
+    "resnet18", "mobilenetv3_small_050", "regnetx_002", "ghostnet_050", "convnext_atto", "shufflenet_v2_x0_5", "nfnet",
+    "resnetv2_bit",
+]  # fmt: skip
 SMALL = "net1d net3d unet mlp weight_norm hook_weight_norm spectral_norm tied".split()
 
 

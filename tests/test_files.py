@@ -190,7 +190,7 @@ def test_a_folder_that_does_not_exist(tmp_path: Path) -> None:
 
 
 def test_saving_something_else(path: Path) -> None:
-    with pytest.raises(InputError, match="teacher made by reparam.expand or reparam.load is needed, not UNet"):
+    with pytest.raises(InputError, match=r"teacher made by reparam\.expand or reparam\.load is needed, not UNet"):
         reparam.save(UNet(), path)
     assert not path.exists()
 
@@ -241,7 +241,7 @@ def test_a_pickle_is_refused_and_not_run(path: Path, tmp_path: Path) -> None:
 
 def test_a_file_without_a_plan(path: Path) -> None:
     save_file({"x": torch.zeros(2)}, path)
-    with pytest.raises(FormatError, match="holds no plan: it is not a teacher written by reparam.save"):
+    with pytest.raises(FormatError, match=r"holds no plan: it is not a teacher written by reparam\.save"):
         reparam.load(path, student())
 
 
@@ -333,7 +333,7 @@ def test_missing_and_unexpected_weights(written: Path) -> None:
 
 
 def test_a_student_that_cannot_be_one(written: Path) -> None:
-    with pytest.raises(InputError, match="model must be a torch.nn.Module, not str"):
+    with pytest.raises(InputError, match=r"model must be a torch\.nn\.Module, not str"):
         reparam.load(written, "resnet18")  # type: ignore[arg-type]
 
 

@@ -8,6 +8,7 @@ benchmarks/random_networks.py: ``python benchmarks/random_networks.py --only 123
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -55,6 +56,64 @@ def test_random_networks_obey_every_law() -> None:
 @given(programs(), RATIOS)
 def test_ten_thousand_random_networks(program: Program, ratio: int) -> None:
     laws(program, ratio)
+
+
+# -- networks that were wrong once ---------------------------------------------------------------------------------
+
+
+def step(name: str, *inputs: int, again: int | None = None, **options: Any) -> Step:
+    return Step(name, inputs, tuple(options.items()), again)
+
+
+def conv(x: int, out: int, kernel: int = 1, **options: Any) -> Step:
+    """A convolution without bias, padding or groups where nothing else is said."""
+    plain = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1, "bias": False, "mode": "zeros", "form": "module"}
+    return step("conv", x, **{"out": out, "kernel": kernel, **plain, **options})
+
+
+def linear(x: int, out: int, form: str = "module") -> Step:
+    return step("linear", x, out=out, bias=False, form=form)
+
+
+IMAGE, VECTOR, TOKENS = ("image", (4, 6, 6)), ("vector", (5,)), ("tokens", (9, 6))
+BATCH = {"kind": "batch", "affine": True, "keep": True}
+FOUND = {
+    "a batch size computed from sizes became a constant":
+        (IMAGE, conv(0, 2), step("shuffle", 1, kind="to_batch", groups=2), step("gate", 2, kind="eca", width=3)),
+    "a shared weight was divided twice": (VECTOR, linear(0, 8), linear(1, 8), step("linear", 2, again=1), linear(3, 2)),
+    "a divided weight was scaled in the graph as if it were not":
+        (IMAGE, conv(0, 3), step("tied", 1, out=5, use="scaled"), conv(2, 2)),
+    "a module with control flow on data was refused": (TOKENS, linear(0, 4), step("opaque", 1, kind="data")),
+    "torch's batch_norm gave wrong gradients for strided weights":
+        (VECTOR, linear(0, 6), step("norm", 1, **BATCH), linear(2, 3)),
+    "a norm at student width shared its statistics with the student":
+        (IMAGE, conv(0, 3), step("norm", 1, kind="batch", affine=False, keep=True)),
+    "a power iteration at student width shared its vectors":
+        (IMAGE, conv(0, 4, form="spectral_norm"), step("norm", 1, **BATCH)),
+    "a channel number times a value was the teacher's":
+        (IMAGE, conv(0, 5), step("reduce", 1, f="count"), conv(2, 3)),
+    "a field of a named tuple could not be contracted":
+        (IMAGE, conv(0, 5), step("reduce", 1, f="min_values"), conv(2, 3)),
+    "replicas of a single channel shared their memory": (IMAGE, conv(0, 1), conv(1, 3, kernel=3)),
+    "steps of a failed attempt at a reshape stayed":
+        (("image", (5, 6, 6)), linear(0, 4), step("depth", 1, kind="reshape_up"), conv(2, 3)),
+    "a leaf at student width had a norm that another call had widened":
+        (("image", (4, 6)), conv(0, 12), step("shuffle", 1, kind="half_constant", groups=4),
+         step("norm", 2, kind="batch", affine=False, keep=True), linear(3, 8), step("norm", 1, again=2), linear(5, 3)),
+    "a roll over channels was proven with the teacher's shift":
+        (VECTOR, linear(0, 7), step("pieces", 1, kind="roll", at=5), linear(2, 7)),
+    "replicas of a single channel went into the resolution":
+        (IMAGE, conv(0, 1), step("shuffle", 1, kind="half_constant", groups=1), conv(2, 3)),
+    "a mean of values that were centred was compared relative to its rounding":
+        (IMAGE, conv(0, 4), step("reduce", 1, f="mean"), step("reduce", 2, again=1), conv(3, 3)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("ratio", [2, 3])
+@pytest.mark.parametrize("name", FOUND)
+def test_networks_that_were_wrong_once(name: str, ratio: int) -> None:
+    (form, shape), *steps = FOUND[name]
+    check(Program(form, shape, 1, tuple(steps), (len(steps),)), ratio)
 
 
 # -- the strategy itself -------------------------------------------------------------------------------------------

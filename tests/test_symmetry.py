@@ -155,7 +155,8 @@ def trained(model: nn.Module, ratio: int, noise: float, student: bool = False, s
 
 LABELS = torch.arange(32) % 4
 WAVES = torch.arange(8, dtype=torch.float64)
-PATTERNS = torch.stack([torch.outer(torch.cos(a * WAVES), torch.cos(b * WAVES)) for a, b in ((0.8, 0), (0, 0.8), (2, 1), (0, 3))])  # fmt: skip
+WAVES_OF = ((0.8, 0), (0, 0.8), (2, 1), (0, 3))
+PATTERNS = torch.stack([torch.outer(torch.cos(a * WAVES), torch.cos(b * WAVES)) for a, b in WAVES_OF])
 DATA = 0.5 * sample((32, 1, 8, 8)) + PATTERNS[LABELS][:, None]
 """Four patterns under noise: every layer has something to learn."""
 

@@ -78,7 +78,10 @@ def test_directional_derivatives(name: str) -> None:
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     generator = torch.Generator().manual_seed(0)
     start = [p.detach().clone() for p in parameters]
-    direction = [torch.randn(p.shape, generator=generator, dtype=p.dtype) * p.detach().std().nan_to_num(1.0) for p in parameters]  # fmt: skip
+    sizes = [p.detach().std().nan_to_num(1.0) for p in parameters]
+    direction = [
+        torch.randn(p.shape, generator=generator, dtype=p.dtype) * s for p, s in zip(start, sizes, strict=True)
+    ]
     values = []
     with torch.no_grad():
         for step in (1e-6, -1e-6):

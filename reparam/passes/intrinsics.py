@@ -137,8 +137,8 @@ def _applied(cls: Any) -> Callable[..., Any]:
     def apply(*args: Any) -> Any:
         return cls.apply(*args)
 
+    # The module stays this one: fx writes names from torch as they are, and would call the class.
     apply.__name__ = apply.__qualname__ = cls.__name__
-    apply.__module__ = cls.__module__
     return apply
 
 

@@ -8,6 +8,7 @@ map, which is then the result's map, or prove that there is none.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ def move(call: Call) -> Value:
             base += leaf.s.numel()
     outs = []
     for world, view in ((0, student), (1, teacher)):
-        args = transform([list(call.args), dict(call.kwargs)], lambda leaf, w=world: _labelled(leaf, labels, w))
+        args = transform([list(call.args), dict(call.kwargs)], partial(_labelled, labels, world))
         try:
             outs.append(_run(call, *view(args)))
         except Exception as error:
@@ -51,7 +52,7 @@ def _label(pair: Pair, base: int) -> tuple[Tensor, Tensor]:
     return s, t
 
 
-def _labelled(leaf: Any, labels: dict[int, tuple[Tensor, Tensor]], world: int) -> Any:
+def _labelled(labels: dict[int, tuple[Tensor, Tensor]], world: int, leaf: Any) -> Any:
     return labels[id(leaf)][world] if isinstance(leaf, Pair) else leaf
 
 
@@ -242,7 +243,7 @@ def _agree_all(call: Call, places: list[Name], dims: list[int]) -> None:
         for place in places:
             if isinstance(call.get(place), Pair) and student(call.get(place)).dim() > d:
                 call.align(place, d, target)
-    wanted = next((call.get(p).maps for p in places if isinstance(call.get(p), Pair)), {})
+    wanted: Maps = next((call.get(p).maps for p in places if isinstance(call.get(p), Pair)), {})
     for place in places:
         if isinstance(call.get(place), Free):
             call.match(place, {d: m for d, m in wanted.items() if d in dims})

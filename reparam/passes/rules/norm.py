@@ -38,11 +38,8 @@ _WITH_STATISTICS = (F.batch_norm, torch.batch_norm, F.instance_norm, torch.insta
 def _note_statistics(call: Call, *names: str) -> None:
     """Mark buffers that training changes: the student keeps its own."""
     for name in names:
-        kind, key = call.path(name)
-        holder = call.node.args if kind == "args" else call.node.kwargs
-        source = holder[key] if kind == "args" else holder.get(key)
-        if source is not None and call.get(name) is not None:
-            note_statistic(call.planner, source)
+        if call.get(name) is not None:
+            note_statistic(call.planner, call.source(name))
 
 
 @rule(F.batch_norm, torch.batch_norm)

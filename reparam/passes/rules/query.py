@@ -19,7 +19,7 @@ def attribute(call: Call, value: Value, name: Value) -> Value:
     """``x.shape``, ``x.device``, ``x.dtype``, ``x.T``."""
     if isinstance(value, tuple):
         # A field of a named tuple: ``x.max(1).values``.
-        fields = call.node.args[0].meta["val"]
+        fields = call.source("value").meta["val"]
         return next(item for item, field in zip(value, fields, strict=True) if field is getattr(fields, name))
     pair = call.pair("value")
     if name in ("shape", "device", "dtype", "ndim", "layout", "is_cuda", "requires_grad", "itemsize"):

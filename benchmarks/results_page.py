@@ -1,0 +1,120 @@
+"""Write the figures of docs/results.md from the JSON under benchmarks/results/.
+
+python benchmarks/results_page.py           # rewrite the page
+python benchmarks/results_page.py --check   # exit status 1 where the page is not what the JSON says
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import record
+
+PAGE = Path(__file__).parents[1] / "docs" / "results.md"
+START, END = "<!-- begin: written by benchmarks/results_page.py -->", "<!-- end -->"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--check", action="store_true")
+    arguments = parser.parse_args()
+    old = PAGE.read_text()
+    new = page(old)
+    if arguments.check:
+        return int(new != old)
+    PAGE.write_text(new)
+    return 0
+
+
+def page(text: str) -> str:
+    """Return the page with its generated part brought up to date."""
+    head, _, rest = text.partition(START)
+    _, _, tail = rest.partition(END)
+    return f"{head}{START}\n\n{body()}\n{END}{tail}"
+
+
+def body() -> str:
+    """Return the generated part."""
+    parts = []
+    for path in sorted(record.RESULTS.glob("*.json")):
+        kind = next((k for k in SECTIONS if path.name.startswith(k)), None)
+        if kind is not None:
+            data = json.loads(path.read_text())
+            parts.append(SECTIONS[kind](data) + "\n" + _origin(path.name, data))
+    return "\n".join(parts)
+
+
+def _origin(name: str, data: dict[str, Any]) -> str:
+    torch = data["versions"]["torch"]
+    return (
+        f"`{data['command']}` at commit `{data['commit'][:10]}`, torch {torch}, {data['device']}, {data['date']}; "
+        f"output: `benchmarks/results/{name}`.\n"
+    )
+
+
+def _training(data: dict[str, Any]) -> str:
+    config, verdict = data["config"], data["verdict"]
+    size = f", {config['limit_train']} training images" if config.get("limit_train") else ""
+    lines = [
+        f"### {config['data']}, {config['model']}, {config['epochs']} epochs{size}\n",
+        "| run | seeds | student top-1 (%) | mean | std | teacher mean | s per run |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for arm in data["arms"]:
+        seeds = ", ".join(map(str, arm["seeds"]))
+        scores = ", ".join(f"{score:.2f}" for score in arm["student_top1"])
+        teacher = f"{sum(arm['teacher_top1']) / len(arm['teacher_top1']):.2f}" if arm["teacher_top1"] else ""
+        seconds = sum(arm["seconds"]) / len(arm["seconds"])
+        cells = (arm["name"], seeds, scores, f"{arm['mean']:.2f}", f"{arm['std']:.2f}", teacher, f"{seconds:.0f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    difference, error = verdict["difference"], verdict["standard_error"]
+    better = (
+        "better than" if difference > 2 * error else "worse than" if difference < -2 * error else "no different from"
+    )
+    lines.append(
+        f"\nGPD minus the best baseline ({verdict['best_baseline']}): {difference:+.2f} points, standard error "
+        f"{error:.2f}: at equal epochs GPD is {better} it here. A GPD epoch costs more, see the last column.\n"
+    )
+    return "\n".join(lines)
+
+
+def _surgery(data: dict[str, Any]) -> str:
+    lines = [
+        f"### Surgery: {data['model']} at {data['input'][-1]} px, {data['threads']} threads\n",
+        "| step | median (s) | min | max | relative to the yardstick |",
+        "|---|---|---|---|---|",
+    ]
+    yard = next(times["median"] for name, times in data["seconds"].items() if name.startswith("yardstick"))
+    for name, times in data["seconds"].items():
+        ratio = f"{times['median'] / yard:.2f}"
+        lines.append(f"| {name} | {times['median']:.2f} | {times['min']:.2f} | {times['max']:.2f} | {ratio} |")
+    large = data["large"]
+    lines.append(
+        f"\n`plan` of {large['model']} ({large['parameters'] / 1e9:.2f}e9 parameters, meta device): "
+        f"{large['plan_seconds']:.1f} s, peak memory {large['peak_memory_growth_mib']:.0f} MiB above the start.\n"
+    )
+    return "\n".join(lines)
+
+
+def _networks(data: dict[str, Any]) -> str:
+    return (
+        "### Random networks\n\n"
+        f"{data['networks']:,} networks drawn at random: {data['mismatches']} mismatches; "
+        f"largest relative error of a node {data['worst_node_error']:.1e}; mean coverage {data['coverage_mean']:.3f}.\n"
+    )
+
+
+SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "compare_training": _training,
+    "random_networks": _networks,
+    "surgery": _surgery,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
