@@ -277,8 +277,9 @@ def draw_program(pick: Pick) -> Program:
         builder = Builder(pick, form, shape, pick.of((1,) * 7 + (2,)))
         if pick.of((True,) * 9 + (False,)):
             builder.add(STEMS[form], (0,))
-        if not any(True for module in builder.modules for _p in module.parameters()):
-            builder.add("linear", (0,))
+        for name in ("linear", "learned", "learned"):  # a network needs a parameter
+            if not any(True for module in builder.modules for _p in module.parameters()):
+                builder.add(name, (0,))
         for _ in range(pick.of(range(2, 12))):
             builder.grow()
         if pick.of((True,) * 5 + (False,)):

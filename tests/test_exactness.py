@@ -197,3 +197,59 @@ def test_a_wrong_weight_is_seen() -> None:
     with torch.no_grad():
         next(p for p in teacher.parameters() if p.dim() == 4)[0, 0, 0, 0] += 0.1
         assert error(case.model(x), teacher(x)) > 1e-6
+
+
+# Things that stand beside the weights ---------------------------------------------------------------------------------
+
+
+class Beside(nn.Module):
+    """Constants made in the forward, tensors kept as plain attributes, functions kept as attributes."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.stem, self.body, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 3, 1)
+        self.number, self.vector = torch.tensor(0.5), torch.rand(8, 1, 1, dtype=torch.float64)
+        self.function = lambda x: 2 * x
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        if self.kind == "constant":
+            x = x * torch.tensor(2.0)
+        elif self.kind == "number":
+            x = x * self.number
+        elif self.kind == "vector":
+            x = x * self.vector
+        elif self.kind == "function":
+            x = self.function(x)
+        elif self.kind == "channel ramp":
+            x = x * torch.linspace(0, 1, x.shape[1], dtype=x.dtype).view(1, -1, 1, 1)
+        elif self.kind == "column ramp":
+            x = x * torch.arange(x.shape[-1]).to(x)
+        return self.head(torch.relu(self.body(x)))
+
+
+@pytest.mark.parametrize("kind", ["constant", "number", "vector", "function", "channel ramp", "column ramp"])
+def test_constants_and_plain_attributes(kind: str) -> None:
+    model, x = Beside(kind).double(), sample((3, 3, 14, 13))
+    teacher = reparam.expand(model, 2, example_input=sample((2, 3, 12, 12)))
+    assert teacher.plan.coverage == 1.0
+    with torch.no_grad():
+        for network in (teacher, copy.deepcopy(teacher), reparam.student_view(teacher), reparam.extract(teacher)):
+            assert error(model(x), network(x)) <= 1e-12
+    assert isinstance(model.vector, torch.Tensor) and model.vector.device.type == "cpu"
+
+
+def test_outputs_that_differ_between_the_modes() -> None:
+    """googlenet: auxiliary classifiers in train mode only; the teacher follows the mode, also after a copy."""
+    entry = BY_NAME["googlenet"]
+    model = built(entry)
+    teacher = reparam.expand(model, 2, example_input=sample(entry.shape), verify=False)
+    x = sample(entry.shape)
+    with torch.no_grad():
+        assert error(model(x), copy.deepcopy(teacher)(x)) <= 1e-12
+        teacher.train()
+        assert type(teacher(x)) is type(model.train()(x))
+        clone = copy.deepcopy(teacher).eval()
+        assert isinstance(clone(x), torch.Tensor)
+        assert type(reparam.tap(teacher, ["inception4a"])(x)[0]) is type(model(x))

@@ -384,3 +384,17 @@ def test_sources_name_model_code_or_the_layer() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1))
     assert re.search(r"torch/nn/modules/conv\.py:\d+$", reparam.plan(model, 2, example_input=X).layers[0].source)
     assert re.search(r"zoo\.py:\d+$", reparam.plan(UNet(), 2, example_input=X).layers[0].source)
+
+
+def test_an_example_input_that_cannot_be_written() -> None:
+    class Styled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x: torch.Tensor, style: object) -> torch.Tensor:
+            return self.stem(x)
+
+    made = reparam.plan(Styled(), 2, example_input=(X, object()))
+    with pytest.raises(InputError, match="the plan cannot be written: an example input or a constant is no JSON value"):
+        made.to_json()

@@ -8,6 +8,7 @@ with wider parameters, does the right thing in both modes and for every size.
 from __future__ import annotations
 
 import inspect
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
@@ -23,23 +24,55 @@ if TYPE_CHECKING:
 
 
 def keep_leaf(planner: Planner, node: fx.Node, args: Value, kwargs: Value) -> Value:
-    """Keep a leaf module as it is, with wider parameters, where the graph inside it needs no edits."""
+    """Keep a leaf module, or a function that was not traced into, where the graph inside it needs no edits."""
+    if any(isinstance(leaf, Int) for _path, leaf in walk([args, kwargs])):
+        raise Refuse("it takes a number that comes from a widened dimension")
     results = []
     for training in (False, True):
-        graph = _inner_graph(planner, node, training, args, kwargs)
-        results.append(_run_inner(planner, node, graph, args, kwargs))
+        given, named = args, kwargs
+        if node.op == "call_function":
+            given, named = _with_mode(node.args, args, training), _with_mode(node.kwargs, kwargs, training)
+        graph = _inner_graph(planner, node, training, given, named)
+        results.append(_run_inner(planner, node, graph, given, named))
     first, second = ([_summary(leaf) for _path, leaf in walk(result)] for result in results)
     if first != second:
         raise Refuse("its train and eval mode need different layouts")
     return results[0]
 
 
+def is_opaque_function(node: fx.Node) -> bool:
+    """Whether a node calls a Python function (one that ``fx.wrap`` or a library kept from being traced into)."""
+    return node.op == "call_function" and isinstance(node.target, FunctionType)
+
+
+class _Body(nn.Module):
+    """A function as a module, for the tracer."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function."""
+        return self.function(*args, **kwargs)
+
+
+def _with_mode(nodes: Any, values: Any, training: bool) -> Any:
+    """Replace arguments that are a module's training flag by ``training``."""
+    if isinstance(values, dict):
+        return {key: _with_mode(nodes[key], value, training) for key, value in values.items()}
+    if isinstance(values, (list, tuple)) and isinstance(nodes, (list, tuple)):
+        items = [_with_mode(n, v, training) for n, v in zip(nodes, values, strict=True)]
+        return items if isinstance(values, list) else tuple(items)
+    is_flag = isinstance(nodes, fx.Node) and nodes.op == "get_attr" and str(nodes.target).endswith("training")
+    return training if is_flag and isinstance(values, bool) else values
+
+
 def _inner_graph(planner: Planner, node: fx.Node, training: bool, args: Value, kwargs: Value) -> fx.Graph:
     key = (node, training)
     if key not in planner.inner_graphs:
-        module = planner.capture.root.get_submodule(planner.full_name(node, str(node.target)))
         try:
-            planner.inner_graphs[key] = _trace_inner(planner, node, module, training, args, kwargs)
+            planner.inner_graphs[key] = _trace_inner(planner, node, training, args, kwargs)
         except Exception as error:
             planner.inner_graphs[key] = error
     graph = planner.inner_graphs[key]
@@ -48,11 +81,14 @@ def _inner_graph(planner: Planner, node: fx.Node, training: bool, args: Value, k
     return graph
 
 
-def _trace_inner(
-    planner: Planner, node: fx.Node, module: nn.Module, training: bool, args: Value, kwargs: Value
-) -> fx.Graph:
+def _trace_inner(planner: Planner, node: fx.Node, training: bool, args: Value, kwargs: Value) -> fx.Graph:
+    if node.op == "call_function":
+        module: nn.Module = _Body(node.target)
+        prefix = node.meta.get("prefix", "")
+    else:
+        prefix = planner.full_name(node, str(node.target))
+        module = planner.capture.root.get_submodule(prefix)
     graph = trace_inner(module, student(args), student(kwargs), training)
-    prefix = planner.full_name(node, str(node.target))
     for inner in graph.nodes:
         inner.meta["prefix"] = prefix
         inner.meta["module"] = planner.full_name(inner, inner.meta.get("module", ""))

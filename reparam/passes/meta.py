@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,8 +45,26 @@ def _to_meta(value: Any) -> Any:
 def run_module_on_meta(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Run a module with meta parameters on meta inputs; its state is not changed."""
     args, kwargs = pytree.tree_map(_to_meta, (tuple(args), dict(kwargs)))
-    with torch.no_grad(), torch.device("meta"):
+    with torch.no_grad(), torch.device("meta"), _plain_tensors_on_meta(module):
         return module(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _plain_tensors_on_meta(module: nn.Module) -> Iterator[None]:
+    """Move tensors that modules keep as plain attributes (neither parameter nor buffer) for the time of a call."""
+    moved = [
+        (vars(child), name, value)
+        for child in module.modules()
+        for name, value in vars(child).items()
+        if isinstance(value, Tensor) and value.device.type != "meta"
+    ]
+    for holder, name, value in moved:
+        holder[name] = value.to("meta")
+    try:
+        yield
+    finally:
+        for holder, name, value in moved:
+            holder[name] = value
 
 
 def run_leaf_on_meta(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

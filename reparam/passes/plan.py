@@ -202,7 +202,11 @@ class Plan:
     # -- for files -----------------------------------------------------------------------------------------------
 
     def to_json(self) -> str:
-        """Return the plan as JSON text; :meth:`from_json` is its inverse."""
+        """Return the plan as JSON text; :meth:`from_json` is its inverse.
+
+        Raises:
+            InputError: ``example_input`` held an object that is no tensor, number, text, list, tuple or dict.
+        """
         data = {
             "format": "reparam-plan",
             "version": VERSION,
@@ -225,7 +229,12 @@ class Plan:
             "wide_parameters": self.wide_parameters,
             "notes": list(self.notes),
         }
-        return json.dumps(data)
+        try:
+            return json.dumps(data)
+        except TypeError as error:
+            raise InputError(
+                f"the plan cannot be written: an example input or a constant is no JSON value ({error})"
+            ) from error
 
     @classmethod
     def from_json(cls, text: str) -> Plan:

@@ -17,7 +17,7 @@ from reparam.ops.params import Noise, ParamMap
 from reparam.passes import rules as _rules  # noqa: F401  (registers all rules)
 from reparam.passes.call import Call
 from reparam.passes.dependence import ancestors, is_wider, placements, substitute
-from reparam.passes.leaves import keep_leaf
+from reparam.passes.leaves import is_opaque_function, keep_leaf
 from reparam.passes.meta import Unknown
 from reparam.passes.records import note_statistics
 from reparam.passes.registry import find_rule
@@ -140,11 +140,12 @@ class Planner:
         return next(named_tensors(module), None) is not None
 
     def _apply(self, node: fx.Node, args: Value, kwargs: Value) -> Value:
-        before = self.state.copy() if node.op == "call_module" else None
+        opaque = node.op == "call_module" or (find_rule(node.op, node.target) is None and is_opaque_function(node))
+        before = self.state.copy() if opaque else None
         try:
             if isinstance(node.meta["val"], Unknown):
                 raise Refuse(f"its result is not known before it runs ({node.meta['val'].reason})")
-            if node.op == "call_module":
+            if opaque:
                 return keep_leaf(self, node, args, kwargs)
             return self._by_rule(node, args, kwargs)
         except Refuse as reason:
