@@ -54,7 +54,24 @@ def example_for(model: nn.Module, skeleton: nn.Module, example: Any) -> Inputs:
             f"{type(model).__name__} does not accept the example_input {describe(args) if args else describe(kwargs)}: "
             f"{type(error).__name__}: {error}; give an input that model(...) itself accepts"
         ) from error
-    return args, kwargs
+    return _two_samples(skeleton, (args, kwargs))
+
+
+def batch_of(inputs: Inputs) -> int | None:
+    """Return the first size of all tensors, or None where they differ."""
+    sizes = {v.shape[0] if v.dim() else None for v in pytree.tree_leaves(inputs) if isinstance(v, Tensor)}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def _two_samples(skeleton: nn.Module, inputs: Inputs) -> Inputs:
+    """Plan with two samples where one was given: batch norm refuses to train on a single value per channel."""
+    if batch_of(inputs) != 1:
+        return inputs
+    twice: Inputs = pytree.tree_map(
+        lambda v: v.new_empty((2, *v.shape[1:])) if isinstance(v, Tensor) else v,
+        inputs,
+    )
+    return inputs if _try(skeleton, *twice) is not None else twice
 
 
 def _check_device_and_dtype(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from reparam.ops.params import ParamMap
-from reparam.passes.example import Inputs, describe_inputs, example_for, random_like
+from reparam.passes.example import Inputs, batch_of, describe_inputs, example_for, normalise, random_like
 from reparam.passes.plan import ContractionPlan, EditPlan, LayerPlan, Plan
 from reparam.passes.planner import Planner
 from reparam.passes.skeleton import canonical_names, named_tensors, skeleton_of
@@ -90,8 +90,13 @@ def expand(
     capture, inputs = capture_model(model, example_input)
     made = make_plan(model, capture, inputs, ratio, ignored_parameters(model, ignore))
     if verify:
-        verify_plan(model, capture, made, inputs, batch=1 if example_input is None else None)
+        verify_plan(model, capture, made, inputs, batch=_verified_batch(example_input))
     return build_teacher(model, capture, made, noise)
+
+
+def _verified_batch(example_input: Any) -> int | None:
+    """One sample is enough where the input was found; what the user gave is used as it is."""
+    return 1 if example_input is None else batch_of(normalise(example_input))
 
 
 def capture_model(model: nn.Module, example_input: Any = None) -> tuple[Capture, Inputs]:
