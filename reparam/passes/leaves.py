@@ -76,6 +76,8 @@ def _inner_graph(planner: Planner, node: fx.Node, training: bool, args: Value, k
         except Exception as error:
             planner.inner_graphs[key] = error
     graph = planner.inner_graphs[key]
+    if isinstance(graph, Refuse):
+        raise graph
     if isinstance(graph, Exception):
         raise Refuse(f"its forward cannot be recorded ({type(graph).__name__}: {graph})")
     return graph
@@ -94,6 +96,8 @@ def _trace_inner(planner: Planner, node: fx.Node, training: bool, args: Value, k
         inner.meta["module"] = planner.full_name(inner, inner.meta.get("module", ""))
         if inner.op == "call_module":
             raise Refuse(f"{inner.target} inside it cannot be recorded")
+        if inner.target is node.target:
+            raise Refuse("no rule for this operator")  # torch records the function as itself
     nodes = list(graph.nodes)
     if all(n in planner.from_input for n in node.all_input_nodes):
         planner.mark_inputs(nodes)
