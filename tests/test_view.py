@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from torch import Tensor, nn
 from zoo import BY_NAME, built, error, randomise, sample
 
@@ -502,3 +503,14 @@ def test_hooks_are_gone_after_the_tap() -> None:
     model = net()
     reparam.tap(model, ["stem"])(X)
     assert not model.stem._forward_hooks
+
+
+def test_tap_follows_the_mode_of_a_network_with_two_forward_passes():
+    student = torchvision.models.googlenet(weights=None, init_weights=False, num_classes=4).eval()
+    teacher = reparam.expand(student, 2, example_input=torch.randn(2, 3, 64, 64), verify=False)
+    tapped = reparam.tap(teacher, ["aux1"])
+    with pytest.raises(InputError, match="'aux1' is not called"):
+        tapped(torch.randn(2, 3, 64, 64))
+    teacher.train()
+    _output, values = tapped(torch.randn(2, 3, 64, 64))
+    assert values["aux1"].shape == (2, 4)

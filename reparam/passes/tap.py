@@ -75,12 +75,27 @@ class _GraphTap(nn.Module):
         self.teacher = teacher
         # Programs over the teacher's own attributes, without registering them a second time.
         self._functions = tuple(_tapped(program, names) for program in teacher._programs)
+        lacking = [_not_called(program, names) for program in teacher._programs]
+        if all(lacking):
+            raise _missing(lacking[0])
+        self._lacking = tuple(lacking)
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         """Return output and values."""
-        function = self._functions[-1 if self.teacher.training else 0]
+        mode = -1 if self.teacher.training else 0
+        if self._lacking[mode]:
+            raise _missing(self._lacking[mode])
+        function = self._functions[mode]
         result: tuple[Any, dict[str, Any]] = function(self.teacher, *args, **kwargs)
         return result
+
+
+def _not_called(program: Program, names: list[str]) -> list[str]:
+    return [name for name in names if not program.outputs.get(name)]
+
+
+def _missing(names: list[str]) -> InputError:
+    return InputError(f"tap: {names[0]!r} is not called in this forward pass, or lies inside a module kept whole")
 
 
 def _tapped(program: Program, names: list[str]) -> Callable[..., Any]:
@@ -91,9 +106,8 @@ def _tapped(program: Program, names: list[str]) -> Callable[..., Any]:
     taps = {}
     for name in names:
         calls = program.outputs.get(name)
-        if not calls:
-            raise InputError(f"tap: {name!r} is not called in this forward pass, or lies inside a module kept whole")
-        taps[name] = _nodes(calls[-1], nodes)
+        if calls:
+            taps[name] = _nodes(calls[-1], nodes)
     graph.output((output, taps))
     return Program(graph).function()
 
