@@ -96,7 +96,8 @@ def _surgery(data: dict[str, Any]) -> str:
     large = data["large"]
     lines.append(
         f"\n`plan` of {large['model']} ({large['parameters'] / 1e9:.2f}e9 parameters, meta device): "
-        f"{large['plan_seconds']:.1f} s, peak memory {large['peak_memory_growth_mib']:.0f} MiB above the start.\n"
+        f"{large['plan_seconds']:.1f} s, peak memory of the process {large['peak_memory_mib']:.0f} MiB, of which "
+        f"{large['peak_memory_growth_mib']:.0f} MiB for planning.\n"
     )
     return "\n".join(lines)
 

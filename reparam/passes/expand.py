@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Iterable
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from reparam.ops.params import ParamMap
 from reparam.passes.example import Inputs, batch_of, describe_inputs, example_for, normalise, random_like
-from reparam.passes.plan import ContractionPlan, EditPlan, LayerPlan, Plan
+from reparam.passes.plan import EditPlan, LayerPlan, Plan
 from reparam.passes.planner import Planner
 from reparam.passes.skeleton import canonical_names, named_tensors, skeleton_of
 from reparam.passes.state import State, operator_name
@@ -139,9 +140,7 @@ def make_plan(model: nn.Module, capture: Capture, inputs: Inputs, ratio: int, ig
         attributes=state.attributes,
         statistics=tuple(name for name in shapes if name in state.statistics),
         layers=tuple(_layers(model, capture, state, shapes, ignored)),
-        contractions=tuple(
-            ContractionPlan(c.node, c.operator, c.module, c.source, c.reason) for c in state.contractions.values()
-        ),
+        contractions=tuple(state.contractions.values()),
         value_maps=_value_maps(capture, state),
         leaves=capture.leaves,
         graph=fingerprint(capture),
@@ -181,20 +180,7 @@ def _layers(
         layer = state.layers.get(name)
         if layer is not None:
             wide = state.params[name].wide_shape if name in state.params else layer.shape
-            found.append(
-                LayerPlan(
-                    name,
-                    layer.operator,
-                    layer.source,
-                    layer.shape,
-                    wide,
-                    layer.inputs,
-                    layer.outputs,
-                    layer.reason,
-                    layer.multiply_adds,
-                    layer.wide_multiply_adds,
-                )
-            )
+            found.append(dataclasses.replace(layer, wide_shape=wide))
         elif _is_linear_weight(model, name):
             reason = ignored.get(name) or _unmet(capture, name)
             operator = type(model.get_submodule(name.rpartition(".")[0])).__name__

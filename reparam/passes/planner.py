@@ -19,10 +19,11 @@ from reparam.passes.call import Call
 from reparam.passes.dependence import ancestors, is_wider, placements, substitute
 from reparam.passes.leaves import is_opaque_function, keep_leaf
 from reparam.passes.meta import Unknown
+from reparam.passes.plan import ContractionPlan
 from reparam.passes.records import note_statistics
 from reparam.passes.registry import find_rule
 from reparam.passes.skeleton import canonical_names, named_tensors
-from reparam.passes.state import Contraction, Restart, State, operator_name
+from reparam.passes.state import Restart, State, operator_name
 from reparam.passes.tracer import Capture, key_of
 from reparam.passes.values import (
     Free,
@@ -176,7 +177,7 @@ class Planner:
         return value
 
     def _note_contraction(self, node: fx.Node, reason: str) -> None:
-        self.state.contractions[node] = Contraction(
+        self.state.contractions[node] = ContractionPlan(
             key_of(node), operator_name(node), node.meta.get("module", ""), node.meta.get("source", ""), reason
         )
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx, nn
 
-from reparam.passes.state import Layer, operator_name
+from reparam.passes.plan import LayerPlan
+from reparam.passes.state import operator_name
 from reparam.passes.values import Pair
 
 if TYPE_CHECKING:
@@ -97,10 +98,15 @@ def record_layer(
     reasons += [] if outputs else ["output of the network" if ends else "its output is at student width"]
     earlier = planner.state.layers.get(name)
     counted = (earlier.multiply_adds, earlier.wide_multiply_adds) if earlier else (0, 0)
-    planner.state.layers[name] = Layer(
-        name, operator_name(node), node.name, node.meta.get("source", ""),
-        tuple(weight.s.shape), tuple(weight.t.shape),
-        (inputs or outside) and (earlier is None or earlier.inputs),
-        (outputs or ends) and (earlier is None or earlier.outputs),
-        "; ".join(reasons), counted[0] + multiply_adds[0], counted[1] + multiply_adds[1],
-    )  # fmt: skip
+    planner.state.layers[name] = LayerPlan(
+        name=name,
+        operator=operator_name(node),
+        source=node.meta.get("source", ""),
+        shape=tuple(weight.s.shape),
+        wide_shape=tuple(weight.t.shape),
+        inputs=(inputs or outside) and (earlier is None or earlier.inputs),
+        outputs=(outputs or ends) and (earlier is None or earlier.outputs),
+        reason="; ".join(reasons),
+        multiply_adds=counted[0] + multiply_adds[0],
+        wide_multiply_adds=counted[1] + multiply_adds[1],
+    )

@@ -9,39 +9,12 @@ from torch import fx
 
 from reparam.ops.params import ParamMap
 from reparam.passes.call import NodeEdit
+from reparam.passes.plan import ContractionPlan, LayerPlan
 from reparam.passes.values import Value
 
 
 class Restart(Exception):
     """What was learned makes an earlier decision wrong; planning starts again with it."""
-
-
-@dataclass
-class Layer:
-    """What became of one linear operator's weight."""
-
-    name: str
-    operator: str
-    node: str
-    source: str
-    shape: tuple[int, ...]
-    wide_shape: tuple[int, ...]
-    inputs: bool
-    outputs: bool
-    reason: str
-    multiply_adds: int
-    wide_multiply_adds: int
-
-
-@dataclass
-class Contraction:
-    """A place where values return to student width."""
-
-    node: str
-    operator: str
-    module: str
-    source: str
-    reason: str
 
 
 @dataclass
@@ -54,8 +27,8 @@ class State:
     edits: dict[fx.Node, NodeEdit] = field(default_factory=dict)
     attributes: dict[str, Any] = field(default_factory=dict)
     statistics: set[str] = field(default_factory=set)
-    layers: dict[str, Layer] = field(default_factory=dict)
-    contractions: dict[fx.Node, Contraction] = field(default_factory=dict)
+    layers: dict[str, LayerPlan] = field(default_factory=dict)
+    contractions: dict[fx.Node, ContractionPlan] = field(default_factory=dict)
 
     def copy(self) -> State:
         """Return a copy that can be changed independently."""

@@ -7,9 +7,10 @@ time, values are freed after their last use.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from reparam.ops.maps import Maps, take_index
 from reparam.ops.params import repeat_all
 from reparam.passes.example import Inputs
 from reparam.passes.plan import Plan
-from reparam.passes.skeleton import canonical_names, named_tensors
+from reparam.passes.skeleton import canonical_names, module_and_attribute, named_tensors
 from reparam.passes.tracer import Capture, key_of
 from reparam.passes.values import walk
 
@@ -61,7 +62,8 @@ def verify(model: nn.Module, capture: Capture, rewritten: Rewritten, plan: Plan,
         VerificationError: a node differs; names node, operator, module and source line.
     """
     student = World(capture.graph, capture.root, _student_tensors(model))
-    teacher = World(rewritten.graph, capture.root, _teacher_tensors(model, plan, student.tensors), rewritten.steps)
+    tensors = _teacher_tensors(model, plan, student.tensors)
+    teacher = World(rewritten.graph, capture.root, tensors, rewritten.steps, plan.attributes)
     partner = {new: old for old, new in rewritten.nodes.items()}
     leaves = [v for v in pytree.tree_leaves(inputs) if isinstance(v, Tensor)]
     placeholders = [n for n in capture.graph.nodes if n.op == "placeholder"]
@@ -189,12 +191,18 @@ def _teacher_tensors(model: nn.Module, plan: Plan, student: Fetch) -> Fetch:
 
 
 class World:
-    """One of the two networks: its graph, and where its tensors come from."""
+    """One of the two networks: its graph, where its tensors come from, and the module attributes that are its own."""
 
     def __init__(
-        self, graph: fx.Graph, root: nn.Module, tensors: Fetch, steps: dict[str, nn.Module] | None = None
+        self,
+        graph: fx.Graph,
+        root: nn.Module,
+        tensors: Fetch,
+        steps: dict[str, nn.Module] | None = None,
+        attributes: Mapping[str, Any] | None = None,
     ) -> None:
         self.root, self.tensors, self.steps = root, tensors, steps or {}
+        self.attributes = attributes or {}
         self.env: dict[fx.Node, Any] = {}
         order = {node: k for k, node in enumerate(graph.nodes)}
         self.last: dict[fx.Node, list[fx.Node]] = {}
@@ -242,7 +250,8 @@ class World:
             return step(*args, **kwargs)
         module = self.root.get_submodule(name)
         tensors = {n: self.tensors(f"{name}.{n}") for n, _t in named_tensors(module)}
-        with _eval_mode(module):
+        own = {n: v for n, v in self.attributes.items() if n.startswith(f"{name}.")}
+        with _eval_mode(module), _attributes(self.root, own):
             return functional_call(module, tensors, args, kwargs)
 
 
@@ -252,6 +261,20 @@ def _wide_dtype(value: Any) -> Any:
         if value in (torch.float32, torch.float16, torch.bfloat16) and isinstance(value, torch.dtype)
         else value
     )
+
+
+@contextlib.contextmanager
+def _attributes(root: nn.Module, values: Mapping[str, Any]) -> Iterator[None]:
+    """Set module attributes (``"a.b.groups"``) for the time of a call."""
+    places = [(*module_and_attribute(root, path), value) for path, value in values.items()]
+    before = [getattr(module, name) for module, name, _value in places]
+    try:
+        for module, name, value in places:
+            setattr(module, name, value)
+        yield
+    finally:
+        for (module, name, _value), value in zip(places, before, strict=True):
+            setattr(module, name, value)
 
 
 class _eval_mode:
