@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 
@@ -19,6 +20,11 @@ def assign(value: Tensor, index: Any, new: Any) -> Tensor:
     """Set ``value[index] = new``, for all who share the memory of ``value``."""
     value[index] = new
     return value
+
+
+def chunk(input: Tensor, chunks: int, dim: int = 0, sizes: list[int] | None = None) -> tuple[Tensor, ...]:
+    """Return ``torch.chunk``, or pieces of these sizes: a teacher's where the chunks are uneven."""
+    return torch.chunk(input, chunks, dim) if sizes is None else torch.split(input, sizes, dim)
 
 
 _INPLACE_OPERATORS = {

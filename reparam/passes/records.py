@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, fx, nn
 
 from reparam.passes.plan import LayerPlan
+from reparam.passes.registry import statistics_of
 from reparam.passes.state import operator_name
 from reparam.passes.values import Pair
 
@@ -27,9 +28,7 @@ def note_statistic(planner: Planner, source: Any) -> None:
 
 def note_statistics(planner: Planner) -> None:
     """Mark the running statistics of norms that keep their width: teacher and student still have their own."""
-    from reparam.passes.rules.norm import statistics_of
-
-    for node in planner.capture.graph.nodes:
+    for node in (n for graph in planner.capture.graphs for n in graph.nodes):
         for source in statistics_of(node):
             note_statistic(planner, source)
         if node.op != "call_module":

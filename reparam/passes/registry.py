@@ -26,18 +26,23 @@ class Rule:
         family: name of the file in ``reparam/passes/rules``.
         mixing: the operator sums over a channel dimension (a producer in front of it is worth widening);
             a function where that depends on the arguments.
+        signature: the operator's parameters.
+        statistics: parameters that the operator updates in train mode; the student keeps its own.
     """
 
     function: RuleFunction
     family: str
     mixing: bool | Callable[[fx.Node], bool]
     signature: inspect.Signature
+    statistics: tuple[str, ...] = ()
 
 
 RULES: dict[Any, Rule] = {}
 
 
-def rule(*targets: Any, mixing: bool | Callable[[fx.Node], bool] = False) -> Callable[[RuleFunction], RuleFunction]:
+def rule(
+    *targets: Any, mixing: bool | Callable[[fx.Node], bool] = False, statistics: tuple[str, ...] = ()
+) -> Callable[[RuleFunction], RuleFunction]:
     """Register a rule for functions (by object) and tensor methods (by name); ``None`` targets are skipped.
 
     Raises:
@@ -46,7 +51,9 @@ def rule(*targets: Any, mixing: bool | Callable[[fx.Node], bool] = False) -> Cal
 
     def register(function: RuleFunction) -> RuleFunction:
         parameters = list(inspect.signature(function).parameters.values())[1:]
-        entry = Rule(function, function.__module__.rsplit(".", 1)[-1], mixing, inspect.Signature(parameters))
+        entry = Rule(
+            function, function.__module__.rsplit(".", 1)[-1], mixing, inspect.Signature(parameters), statistics
+        )
         for target in targets:
             if target is None:
                 continue
@@ -66,3 +73,12 @@ def find_rule(kind: str, target: Any) -> Rule | None:
         return RULES.get(target)
     except TypeError:  # unhashable target
         return None
+
+
+def statistics_of(node: fx.Node) -> list[fx.Node]:
+    """Return the graph arguments of a node that its operator updates in train mode."""
+    entry = find_rule(node.op, node.target)
+    if entry is None or not entry.statistics:
+        return []
+    given = entry.signature.bind(*node.args, **node.kwargs).arguments
+    return [given[name] for name in entry.statistics if isinstance(given.get(name), fx.Node)]

@@ -88,11 +88,7 @@ class Teacher(fx.GraphModule):
         result.meta.update({k: v for k, v in self.meta.items() if k != "reparam"})
         memo[id(self)] = result
         for old in self._views:
-            from reparam.passes.view import student_view
-
-            view = student_view(result)
-            view.train_modes(old.modes())
-            memo[id(old)] = view
+            memo[id(old)] = old.for_copy(result)
         return result
 
     def __reduce__(self) -> Any:

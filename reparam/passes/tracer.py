@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from reparam.errors import CaptureError
-from reparam.passes.functionalize import drop_unused, functionalize, setitem
+from reparam.passes.functionalize import chunk, drop_unused, functionalize, setitem
 from reparam.passes.intrinsics import intrinsics
 from reparam.passes.meta import Unknown, run_leaf_on_meta, run_on_meta
 from reparam.passes.proxies import HintProxy, iter_nodes, nodes_of, proxies_have_types, source_line
@@ -243,6 +243,8 @@ class ModelTracer(fx.Tracer):
         """Add a node and compute its value on the meta device."""
         if target is operator.setitem:
             target = setitem
+        if (kind, target) == ("call_method", "chunk") or target is torch.chunk:
+            kind, target = "call_function", chunk
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
         node.meta["module"] = self.path[-1] if self.path else ""
         node.meta["source"] = source_line()

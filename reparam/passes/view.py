@@ -169,6 +169,12 @@ class StudentView(nn.Module):
             module.training = modes[name]
         self.training = modes[""]
 
+    def for_copy(self, teacher: Teacher) -> StudentView:
+        """Return the view of a copied teacher, in the same modes as this one."""
+        view = student_view(teacher)
+        view.train_modes(self.modes())
+        return view
+
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:

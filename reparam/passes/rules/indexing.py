@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from reparam.ops.maps import Maps, ReplicaMap
 from reparam.ops.steps import Positions
 from reparam.passes.call import At, Call, Name
-from reparam.passes.functionalize import assign, setitem
+from reparam.passes.functionalize import assign, chunk, setitem
 from reparam.passes.registry import rule
 from reparam.passes.rules.linear import output_map
 from reparam.passes.values import Free, Int, Pair, Refuse, Value, student, teacher, walk
@@ -41,9 +41,13 @@ def part(phi: ReplicaMap, start: int, stop: int) -> tuple[ReplicaMap, int, int]:
 # -- pieces --------------------------------------------------------------------------------------------------------
 
 
-@rule(torch.chunk, "chunk")
-def chunk(call: Call, input: Value, chunks: Value, dim: Value = 0) -> Value:
-    """Equal pieces."""
+@rule(chunk)
+def chunks(call: Call, input: Value, chunks: Value, dim: Value = 0, sizes: Value = None) -> Value:
+    """Equal pieces; uneven ones need not be torch's where the dimension is wider."""
+    cuts = _cuts(call, "input", dim)
+    wanted = [b - a for a, b in pairwise(cuts)]
+    if cuts and wanted != [piece.shape[dim] for piece in call.run()]:
+        call.set("sizes", wanted)
     return _pieces(call, "input", dim)
 
 

@@ -134,7 +134,8 @@ def _map_of(call: Call, places: list[At], letters: list[str], letter: str) -> Re
     }
     if not found or (len(sizes) > 1 and max(sizes) != max(m.size for m in found)):
         return None
-    if sizes == {1} and len(found) < sum(letter in term for term in letters):
+    known = [t for p, t in zip(places, letters, strict=True) if isinstance(call.get(p), Pair)]
+    if sizes == {1} and len(found) < sum(t.count(letter) for t in known):
         return None  # one index that broadcasts: code may rely on it (a view that drops it)
     return max(found, key=lambda m: (m.size, len(m)))
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import fx
 
 from reparam.ops.maps import Maps, ReplicaMap
 from reparam.passes.call import Call, counts_scale
 from reparam.passes.intrinsics import spectral_normalize
 from reparam.passes.records import note_statistic
-from reparam.passes.registry import rule
+from reparam.passes.registry import rule, statistics_of
 from reparam.passes.values import Free, Pair, Refuse, Value, student, teacher
 
 
@@ -24,25 +22,16 @@ def _per_channel(call: Call, maps: Maps, *names: str) -> None:
             call.match(name, maps)
 
 
-def statistics_of(node: fx.Node) -> list[Any]:
-    """Return the graph arguments of a node that are running statistics."""
-    if node.op != "call_function" or node.target not in _WITH_STATISTICS:
-        return list(node.args[1:3]) if node.target is spectral_normalize else []
-    found = [*node.args[1:3], node.kwargs.get("running_mean"), node.kwargs.get("running_var")]
-    return [source for source in found if isinstance(source, fx.Node)]
-
-
-_WITH_STATISTICS = (F.batch_norm, torch.batch_norm, F.instance_norm, torch.instance_norm)
-
-
-def _note_statistics(call: Call, *names: str) -> None:
+def _note_statistics(call: Call) -> None:
     """Mark buffers that training changes: the student keeps its own."""
-    for name in names:
-        if call.get(name) is not None:
-            note_statistic(call.planner, call.source(name))
+    for source in statistics_of(call.node):
+        note_statistic(call.planner, source)
 
 
-@rule(F.batch_norm, torch.batch_norm)
+_RUNNING = ("running_mean", "running_var")
+
+
+@rule(F.batch_norm, torch.batch_norm, statistics=_RUNNING)
 def batch_norm(
     call: Call,
     input: Value,
@@ -63,11 +52,11 @@ def batch_norm(
     x = call.narrow("input", inner, "replicas along dimensions that it takes statistics of")
     channel = {0: x.maps[1]} if 1 in x.maps else {}
     _per_channel(call, channel, "running_mean", "running_var", "weight", "bias")
-    _note_statistics(call, "running_mean", "running_var")
+    _note_statistics(call)
     return call.result(dict(x.maps))
 
 
-@rule(F.instance_norm, torch.instance_norm)
+@rule(F.instance_norm, torch.instance_norm, statistics=_RUNNING)
 def instance_norm(
     call: Call,
     input: Value,
@@ -84,7 +73,7 @@ def instance_norm(
     x = call.narrow("input", [d for d in x.maps if d > 1], "replicas along dimensions that it takes statistics of")
     channel = {0: x.maps[1]} if 1 in x.maps else {}
     _per_channel(call, channel, "running_mean", "running_var", "weight", "bias")
-    _note_statistics(call, "running_mean", "running_var")
+    _note_statistics(call)
     return call.result(dict(x.maps))
 
 
@@ -170,7 +159,7 @@ def weight_norm(call: Call, v: Value, g: Value, dim: Value = 0) -> Value:
     return value
 
 
-@rule(spectral_normalize)
+@rule(spectral_normalize, statistics=("u", "v"))
 def spectral(
     call: Call,
     weight: Value,
@@ -197,8 +186,8 @@ def spectral(
         ("v", 2, ReplicaMap(columns.reshape(-1), columns.size // _product(w, rest))),
     ):
         call.planner.assign_vector(call.node.args[index], phi)
-        note_statistic(call.planner, call.node.args[index])
         call.demand(name, {})
+    _note_statistics(call)
     value = call.result(dict(w.maps))
     for d, m in w.maps.items():
         call.scale_out(counts_scale(m, d, 0.5))
