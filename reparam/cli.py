@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reparam.errors import InputError, ReparamError
+from reparam.errors import FormatError, InputError, ReparamError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -144,7 +144,7 @@ def _add_model(parser: argparse.ArgumentParser, *, checkpoint: bool = True) -> N
 def _add_building(parser: argparse.ArgumentParser, *, ema: bool = True) -> None:
     parser.add_argument("--num-classes", type=int, metavar="N", help="number of classes to build the model with")
     parser.add_argument("--in-chans", type=int, metavar="N", help="number of input channels to build the model with")
-    parser.add_argument("--seed", type=int, default=0, help="seed of random weights and noise (default 0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of random weights and noise (default 0)")
     if ema:
         parser.add_argument("--ema", action="store_true", help="read the averaged weights of a checkpoint")
 
@@ -232,7 +232,7 @@ def _check(options: argparse.Namespace) -> int:
     if options.other.endswith(".safetensors"):
         if options.checkpoint_b:
             raise InputError(f"{options.other} is a teacher file with its own weights; leave out --checkpoint-b")
-        other: nn.Module = reparam.load(options.other, model)
+        other: nn.Module = _load_teacher(options.other, model, options.model)
     else:
         other = _load(options, options.other, options.checkpoint_b, ema=options.ema)
     report = reparam.check(model.eval(), other.eval(), example_input=_example(options))
@@ -261,6 +261,23 @@ def _load(
         pretrained=getattr(options, "pretrained", False),
         ema=wants_ema,
     )
+
+
+def _load_teacher(path: str, model: nn.Module, spec: str) -> nn.Module:
+    """Read a teacher; where the file holds plain weights instead, say how those are compared."""
+    import reparam
+    from reparam.models import read_weights
+
+    try:
+        return reparam.load(path, model)
+    except FormatError as error:
+        try:
+            read_weights(path)
+        except FormatError:
+            raise error from None
+        raise FormatError(
+            f"{error}; to compare plain weights: reparam check {spec} {spec} --checkpoint-b {path}"
+        ) from error
 
 
 def _example(options: argparse.Namespace) -> Tensor | None:

@@ -142,6 +142,8 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def _from_timm(name: str, options: dict[str, Any]) -> nn.Module:
+    if name.endswith(".py"):
+        raise InputError(f"{name!r} names a file, but no model in it; write {name}:callable")
     try:
         import timm
     except ImportError as error:
@@ -150,6 +152,8 @@ def _from_timm(name: str, options: dict[str, Any]) -> nn.Module:
             "`pip install timm`, or name the model as package.module:callable or path/to/file.py:callable"
         ) from error
     if not name.startswith(_TIMM_SCHEMES) and not timm.is_model(name):
+        if Path(name).is_file():
+            raise InputError(f"{name!r} is a file; name the model itself, and give a file of weights as its checkpoint")
         raise InputError(
             f"timm {timm.__version__} has no model {name!r}{near_matches(name, timm.list_models())} "
             "(other models are named as package.module:callable or path/to/file.py:callable)"
@@ -302,8 +306,8 @@ def _read_pickle(path: Path) -> Any:
 
 
 def _refusal(error: BaseException) -> str:
-    found = re.search(r"GLOBAL (\S+)|WeightsUnpickler error:\s*(.+)", str(error))
-    return next(text for text in found.groups() if text) if found else _brief(error)
+    found = re.search(r"GLOBAL (\S+)", str(error)) or re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
+    return found[1] if found else _brief(error)
 
 
 def _unwrap(content: Any, path: Path, ema: bool) -> dict[str, Tensor]:

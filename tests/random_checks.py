@@ -170,6 +170,8 @@ def _gradients(program: Program, student: nn.Module, teacher: nn.Module) -> floa
     if own is None:
         return 0.0
     names = [name for name, _p in student.named_parameters()]
+    # A gradient that cancels (of a bias in front of a norm) is measured against a share of the largest one.
+    floor = 1e-3 * max(float(g.abs().max()) for g in (*own[0], *own[1]) if g.numel())
     ours = _gradient(teacher, x)
     if ours is None:
         raise Mismatch("the teacher's output does not depend on anything")
@@ -180,7 +182,7 @@ def _gradients(program: Program, student: nn.Module, teacher: nn.Module) -> floa
     assert view is not None
     wide = dict(zip([n for n, _p in teacher.named_parameters()], view[1], strict=True))
     for name, expected in zip(names, own[1], strict=True):
-        error = _gradient_error(_spread(teacher, name, expected), wide[name])
+        error = _gradient_error(_spread(teacher, name, expected), wide[name], floor)
         _demand(error, LIMIT_GRADIENT, f"the gradient of the view with respect to {name}")
         worst = max(worst, error)
     return worst
@@ -200,8 +202,8 @@ def _gradient(module: nn.Module, x: tuple[Tensor, ...]) -> tuple[list[Tensor], l
     return full[: len(x)], full[len(x) :]
 
 
-def _gradient_error(expected: Tensor, found: Tensor) -> float:
-    scale = max(float(expected.abs().max()), 1e-3)
+def _gradient_error(expected: Tensor, found: Tensor, floor: float = 0.0) -> float:
+    scale = max(float(expected.abs().max()), floor, 1e-3)
     return float((expected - found).abs().max()) / scale
 
 

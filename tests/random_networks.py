@@ -6,6 +6,7 @@ module with deterministic weights. The steps are in random_ops.py and random_ops
 
 from __future__ import annotations
 
+import copy
 import random
 import warnings
 from collections.abc import Iterator, Sequence
@@ -183,7 +184,19 @@ def apply(module: nn.Module, step: Step, values: list[Value]) -> Value:
     largest = float(result.abs().max())
     if not 1e-4 < largest < 1e4:
         raise ValueError("the result is out of range")
+    if step.name == "norm" and (
+        float(result.std()) < 1e-3 * largest or _rounding(module, step, values, result) > 1e-4 * largest
+    ):
+        raise ValueError("the step is ill-conditioned: it normalises values that are nearly equal")
     return Value(form, result)
+
+
+def _rounding(module: nn.Module, step: Step, values: list[Value], result: Tensor) -> float:
+    """Return how far the step in float32 is from the step in float64."""
+    exact = copy.deepcopy(module).double().eval()
+    with torch.no_grad():
+        wide = exact(*(values[i].sample.double() for i in step.inputs))
+    return float((wide - result).abs().max())
 
 
 def randomise(network: nn.Module) -> None:

@@ -228,6 +228,8 @@ def test_a_timm_model_needs_no_input_size(folder: Path, capsys: pytest.CaptureFi
         (["extract", "none.safetensors", "nets.py:Net", "--output", "s.safetensors"], "none.safetensors"),
         (["check", "nets.py:Net", "nets.py:Net", "--ema"], "no checkpoint was given"),
         (["check", "nets.py:Net", "x.safetensors", "--checkpoint-b", "y"], "leave out --checkpoint-b"),
+        (["check", "nets.py:Net", "bad.safetensors"], r"bad\.safetensors((?!--checkpoint-b).)*$"),
+        (["check", "nets.py:Net", "plain.safetensors"], "holds no plan.*--checkpoint-b plain.safetensors"),
     ],
 )
 def test_errors_are_one_line_and_exit_with_2(
@@ -235,6 +237,7 @@ def test_errors_are_one_line_and_exit_with_2(
 ) -> None:
     (folder / "bad.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
     save_file({"w": torch.zeros(2)}, folder / "wide.safetensors", metadata={"reparam_plan": "{}"})
+    save_file({"w": torch.zeros(2)}, folder / "plain.safetensors")
     code, _, err = call(capsys, *arguments)
     assert code == 2
     assert re.search(message, err)

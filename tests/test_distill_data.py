@@ -206,6 +206,9 @@ def test_truncated_files(tmp_path):
         (tmp_path / "cut.npz").write_bytes(content[:size])
         with pytest.raises(DataError, match=r"cut\.npz is damaged or not an npz file"):
             load_source(spec)
+    (tmp_path / "cut.npz").write_text("no arrays at all")
+    with pytest.raises(DataError, match=r"cut\.npz is damaged.*holds pickled objects or is no npz file"):
+        load_source(spec)
     np.save(tmp_path / "single.npy", np.zeros(3))
     with pytest.raises(DataError, match="holds a single array"):
         load_source(f"npz:{tmp_path / 'single.npy'}")
@@ -299,3 +302,12 @@ def test_augment_moves_and_mirrors_each_image_on_its_own():
         assert len(matches) == 1
         seen.add(matches[0])
     assert len(seen) > 12
+
+
+def test_image_that_cannot_be_read(tmp_path):
+    for place in ("train/a", "train/b", "val/a", "val/b"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "x.png").write_bytes(b"no image")
+    source = load_source(f"folder:{tmp_path}")
+    with pytest.raises(DataError, match=r"x\.png is not a readable image .*repair or remove it"):
+        source.train[0]

@@ -195,7 +195,7 @@ def test_class_count_of_a_model_file(tmp_path, config, source):
 
 
 def test_model_that_fails_on_the_images(config, source):
-    with pytest.raises(ModelError, match=r"fails on images of digits, shape \[2, 1, 8, 8\]: .*3 channels"):
+    with pytest.raises(ModelError, match=r"fails on images of digits, shape \[2, 1, 8, 8\]: .*3 chan.*--image-size"):
         train(config, student=nn.Sequential(nn.Conv2d(3, 10, 3), nn.Flatten()), source=source)
     with pytest.raises(ModelError, match=r"returns a tensor of shape \[2, 10, 8, 8\]"):
         train(config, student=nn.Conv2d(1, 10, 1), source=source)
@@ -253,7 +253,7 @@ def test_progress_without_a_terminal(tmp_path, config, source, capsys):
     train(dataclasses.replace(config, quiet=False), student=small_net(), source=source)
     shown = capsys.readouterr()
     assert "epoch   2/2" in shown.out and "student (extracted)" in shown.out and "PASS" in shown.out
-    assert "ratio 2" in shown.out and not shown.err
+    assert "ratio 2" in shown.out and "--compare" in shown.out and not shown.err
 
 
 def test_progress_on_a_terminal(config, source, capsys, monkeypatch):
@@ -283,6 +283,7 @@ def test_comparison(tmp_path, config, capsys):
     assert content["verdict"]["difference"] == pytest.approx(content["arms"][0]["mean"] - best)
     assert (tmp_path / "run" / "baseline-lr-0.4-seed1" / "summary.json").is_file()
     shown = capsys.readouterr().out
+    assert shown.startswith("6 runs of ") and shown.splitlines()[0].endswith("seeds 0, 1")
     assert "GPD minus the best baseline" in shown and "seed 1  baseline lr 0.4" in shown
 
 

@@ -99,6 +99,8 @@ def test_module_in_the_current_folder(nets: Path, monkeypatch: pytest.MonkeyPatc
         ("", {}, InputError, "named by a string"),
         ("nets.py:", {}, InputError, "not of the form"),
         (":build", {}, InputError, "not of the form"),
+        ("nets.py", {}, InputError, r"names a file, but no model in it; write nets\.py:callable"),
+        ("weights.pth", {}, InputError, "is a file; name the model itself"),
         ("net.py:build", {}, InputError, r"no such file: .*net\.py; did you mean .*nets\.py"),
         ("nets.py:bild", {}, InputError, r"has no 'bild'; did you mean 'build'"),
         ("nets.py:plain", {"num_classes": 3}, InputError, r"takes no argument num_classes; its signature is plain\(\)"),
@@ -119,6 +121,7 @@ def test_bad_names(
     nets: Path, monkeypatch: pytest.MonkeyPatch, spec: str, options: dict[str, Any], error: type, message: str
 ) -> None:
     (nets.parent / "bad.py").write_text("def build(:\n")
+    (nets.parent / "weights.pth").write_bytes(b"")
     monkeypatch.chdir(nets.parent)
     with pytest.raises(error, match=message):
         load_model(spec, **options)
@@ -298,7 +301,7 @@ def test_a_plain_pickle_that_would_execute_code_is_refused(tmp_path: Path) -> No
 
 def test_a_pickled_module_is_refused(tmp_path: Path) -> None:
     torch.save(small(), tmp_path / "module.pth")
-    with pytest.raises(FormatError, match="save its state_dict alone"):
+    with pytest.raises(FormatError, match=r"plain values \([\w.]+\)\. .*save its state_dict alone"):
         read_weights(tmp_path / "module.pth")
 
 

@@ -10,7 +10,7 @@ from reparam.distill.config import Option, TrainConfig, options
 from reparam.errors import InputError
 
 _DESCRIPTION = """\
-Train a compact network together with the larger teacher it lives in (generative parameter distillation), with shared
+Train a compact network together with the larger teacher it lives in (Gap Preserving Distillation), with shared
 parameters; extract the student and check that the extracted network equals the trained one. Without arguments: a small
 residual network on scikit-learn's digits, in well under two minutes on two cores."""
 

@@ -61,6 +61,8 @@ def compare(config: TrainConfig, seeds: Sequence[int], command: Sequence[str] = 
         raise InputError(f"--seeds needs different numbers that are not negative, got {list(seeds)}")
     folder = open_run_folder(config).path
     source = load_source(config.data, config.limit_train)
+    if not config.quiet:
+        print(opening(config, seeds), flush=True)
     results: dict[str, dict[int, dict[str, Any]]] = {arm.name: {} for arm in arms(config)}
     for seed in seeds:
         for arm in arms(config):
@@ -75,6 +77,15 @@ def compare(config: TrainConfig, seeds: Sequence[int], command: Sequence[str] = 
     if not config.quiet:
         print(describe(content, folder))
     return content
+
+
+def opening(config: TrainConfig, seeds: Sequence[int]) -> str:
+    """Say what a comparison is going to run."""
+    names = [arm.name for arm in arms(config)]
+    return (
+        f"{len(names) * len(seeds)} runs of {config.model} on {config.data}, {config.epochs} epochs each: "
+        f"{', '.join(names)}; seeds {', '.join(map(str, seeds))}"
+    )
 
 
 def _line(summary: dict[str, Any]) -> str:

@@ -172,7 +172,9 @@ def _npz(path: Path) -> Arrays:
     except (ValueError, EOFError, OSError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"npz: {path} is damaged or not an npz file: {error}") from error
+        reason = "it holds pickled objects or is no npz file; write plain arrays with numpy.savez"
+        reason = reason if "pickle" in str(error) else str(error)
+        raise DataError(f"npz: {path} is damaged or not an npz file: {reason}") from error
     for split in ("train", "test"):
         _check_npz_split(path, split, arrays[f"x_{split}"], arrays[f"y_{split}"])
     shift = arrays["x_train"].shape[1] // 8
@@ -210,7 +212,7 @@ def _folder(root: Path) -> Folders:
                 f"folder: {root} needs train/ and val/ (or test/), each with one folder per class; {split} is missing"
             )
         _check_classes(split)
-    train, test = ImageFolder(train_root), ImageFolder(test_root)
+    train, test = ImageFolder(train_root, loader=_read_image), ImageFolder(test_root, loader=_read_image)
     if train.classes != test.classes:
         only_train, only_test = set(train.classes) - set(test.classes), set(test.classes) - set(train.classes)
         raise DataError(
@@ -218,6 +220,17 @@ def _folder(root: Path) -> Folders:
             f"only in the first: {_listed(only_train)}; only in the second: {_listed(only_test)}"
         )
     return Folders("folder", tuple(train.classes), train, test)
+
+
+def _read_image(path: str) -> Any:
+    """Read one image; PIL's own message says neither what was being read nor what to do."""
+    from torchvision.datasets.folder import default_loader
+
+    try:
+        return default_loader(path)
+    except (OSError, SyntaxError) as error:
+        reason = "truncated" if "truncated" in str(error) else type(error).__name__
+        raise DataError(f"folder: {path} is not a readable image ({reason}); repair or remove it") from error
 
 
 def _check_classes(split: Path) -> None:

@@ -43,7 +43,7 @@ class Progress:
 
     def epoch(self, row: Mapping[str, Any]) -> None:
         """Report a finished epoch, given its row of metrics.csv."""
-        parts = [f"epoch {row['epoch']:>3}/{self._epochs}", f"lr {row['lr']:.4f}"]
+        parts = [f"epoch {row['epoch']:>3}/{self._epochs}", f"lr {row['lr']:<8.3g}"]
         for network in ("student", "teacher"):
             if row.get(f"{network}_top1") is not None:
                 parts.append(f"{network} loss {row[f'{network}_loss']:.4f} top-1 {row[f'{network}_top1']:6.2f}%")
@@ -79,15 +79,18 @@ def closing(summary: Mapping[str, Any], folder: Path) -> str:
         rows.append(["teacher", f"{summary['teacher_top1']:.2f}%", f"{parameters['teacher']:,}"])
     verdict = "PASS" if summary["parity_passed"] else "FAIL"
     numbers = f"max abs {parity['max_abs']:.1e}, max rel {parity['max_rel']:.1e}"
+    judge = "judge:  --compare runs the plain student, same recipe, beside it: at lr and ratio^2 lr, over three seeds"
+    epochs = summary["epochs"]
     against = "the network trained" if summary["baseline"] else "the student trained inside the teacher"
     return "\n".join(
         [
-            f"\nResult on {summary['data']['test_images']:,} test images after {summary['epochs']} epochs, "
+            f"\nResult on {summary['data']['test_images']:,} test images after {epochs} epoch{'s' * (epochs != 1)}, "
             f"{summary['seconds']:.1f} s",
             table(rows),
             f"parity: {folder / 'student.safetensors'}, loaded again, against {against}:",
             f"        {numbers}, same class for {100 * parity['argmax_agreement']:.2f}% of the images: {verdict}",
             f"files:  {folder}: {', '.join(sorted(entry.name for entry in folder.iterdir()))}",
+            *([] if summary["baseline"] else [judge]),
         ]
     )
 

@@ -45,7 +45,8 @@ def check_fit(student: nn.Module, example: Tensor, facts: Facts, name: str) -> N
             raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ModelError(
-            f"model {name} fails on images of {facts.name}, shape {list(example.shape)}: {reason}"
+            f"model {name} fails on images of {facts.name}, shape {list(example.shape)}: {reason} "
+            "(--image-size N resizes the images; a callable with an argument in_chans is told their channels)"
         ) from error
     finally:
         student.train(was_training)

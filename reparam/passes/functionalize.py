@@ -6,7 +6,7 @@ import operator
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 
 def setitem(value: Tensor, index: Any, new: Any) -> Tensor:
@@ -44,6 +44,20 @@ def is_inplace(node: fx.Node) -> bool:
         return True
     name = getattr(node.target, "__name__", "")
     return name.endswith("_") and not name.endswith("__")
+
+
+def refuse_new_weights(node: fx.Node) -> None:
+    """Refuse code that changes a parameter in place: the teacher's has other values.
+
+    Raises:
+        TraceError: it does.
+    """
+    changed = node.args[0] if node.args else None
+    if isinstance(changed, fx.Node) and is_inplace(node):
+        if changed.target is getattr and changed.args[1] == "data":
+            changed = changed.args[0]
+        if isinstance(changed, fx.Node) and isinstance(changed.meta.get("val"), nn.Parameter):
+            raise fx.proxy.TraceError(f"{node.meta.get('source')}: {changed.target} is changed in place")
 
 
 def functionalize(graph: fx.Graph) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.nn.utils import parametrizations, spectral_norm
 from torch.utils import _pytree as pytree
+from torch.utils import checkpoint
 
 
 def spectral_normalize(
@@ -61,6 +63,7 @@ def intrinsics(record: Record) -> Iterator[None]:
         record: ``record(function, args, kwargs)`` returns the recorded value, or NotImplemented to run torch's code.
     """
     patches = [*_spectral_norms(record), *_instance_norms(), *_autograd_functions(record), *_factories(record)]
+    patches += [*_checkpoints(), *_same_paddings(record)]
     with contextlib.ExitStack() as stack:
         for holder, name, value in patches:
             stack.callback(_restore, holder, name, vars(holder).get(name, _MISSING))
@@ -142,13 +145,32 @@ def _applied(cls: Any) -> Callable[..., Any]:
     return apply
 
 
+def _checkpoints() -> list[Patch]:
+    """Activation checkpointing asks for devices; the recorded graph computes the same without it."""
+    name = "_checkpoint_impl"
+
+    def call(function: Any, args: Any, kwargs: Any, **_options: Any) -> Any:
+        return function(*args, **kwargs)
+
+    return [(checkpoint, name, call)] if hasattr(checkpoint, name) else []
+
+
+def _same_paddings(record: Record) -> list[Patch]:
+    """Make timm's padding to the resolution one node: it alone branches on sizes, not the layer around it."""
+    name, home = "pad_same", sys.modules.get("timm.layers.padding")
+    plain = getattr(home, name, None)
+    holders = [m for n, m in list(sys.modules.items()) if n.startswith("timm.") and vars(m).get(name) is plain]
+    return [(holder, name, _symbolic(record, plain)) for holder in holders] if plain else []
+
+
+def _symbolic(record: Record, plain: Any) -> Any:
+    @functools.wraps(plain)
+    def make(*args: Any, **kwargs: Any) -> Any:
+        value = record(plain, args, kwargs) if _is_symbolic(args, kwargs) else NotImplemented
+        return plain(*args, **kwargs) if value is NotImplemented else value
+
+    return make
+
+
 def _factories(record: Record) -> list[Patch]:
-    def symbolic(plain: Any) -> Any:
-        @functools.wraps(plain)
-        def make(*args: Any, **kwargs: Any) -> Any:
-            value = record(plain, args, kwargs) if _is_symbolic(args, kwargs) else NotImplemented
-            return plain(*args, **kwargs) if value is NotImplemented else value
-
-        return make
-
-    return [(torch, name, symbolic(getattr(torch, name))) for name in _FACTORIES]
+    return [(torch, name, _symbolic(record, getattr(torch, name))) for name in _FACTORIES]

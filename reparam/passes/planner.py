@@ -54,6 +54,7 @@ class Planner:
         self.names = canonical_names(capture.root)
         self.preferred: dict[str, Maps] = {}
         self.computed: set[str] = set()
+        self.linear_laws: dict[str, tuple[tuple[int, ...], Noise | None]] = {}
         self.inner_graphs: dict[tuple[fx.Node, bool], fx.Graph | Exception] = {}
         self.reaches_mixing: set[fx.Node] = set()
         self.from_input: set[fx.Node] = set()
@@ -265,9 +266,21 @@ class Planner:
         known = self.state.params.get(name)
         if known is None:
             maps = self.preferred.get(name, clean(maps))
+            if name in self.linear_laws and name not in self.computed:
+                (divide, noise), linear = self.linear_laws[name], True
             known = ParamMap(tuple(value.shape), maps, divide, noise)
             self.state.params[name], self.state.linear[name] = known, linear
-        elif self.state.linear[name] and known.maps and known.divide != tuple(d for d in divide if d in known.maps):
+        elif linear and not self.state.linear[name] and name not in self.linear_laws:
+            # Its size was asked for before its linear operator came.
+            self.linear_laws[name] = divide, noise
+            self.preferred.setdefault(name, clean(maps))
+            raise Restart
+        elif (
+            linear
+            and self.state.linear[name]
+            and known.maps
+            and known.divide != tuple(d for d in divide if d in known.maps)
+        ):
             self.undivide(name)
         elif clean(maps) != known.maps and name not in self.preferred and is_wider(maps, known.maps):
             self.preferred[name] = clean(maps)

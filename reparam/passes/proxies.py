@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from reparam.passes.functionalize import is_inplace
+
 _CONCRETE = {
     "ndim",
     "is_cuda",
@@ -75,8 +77,29 @@ class HintProxy(fx.Proxy):
     def __setitem__(self, index: Any, new: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, new), {})
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "data":
+            super().__setattr__(name, value)
+        elif not (_isinstance(value, HintProxy) and is_inplace(value.node)):  # x.data *= 2 has done its work
+            raise fx.proxy.TraceError(f"{source_line()}: the data of a tensor are replaced")
+
     def __hash__(self) -> int:
         return id(self)
+
+
+def _in_place(name: str) -> Any:
+    """Return the method of ``x += y`` and its like: on tensors it changes x for all who hold it, unlike x + y."""
+
+    def method(proxy: HintProxy, other: Any) -> Any:
+        if not _isinstance(proxy.stands_for(), Tensor):
+            return NotImplemented
+        return proxy.tracer.create_proxy("call_function", getattr(operator, name), (proxy, other), {})
+
+    return method
+
+
+for _name in "iadd isub imul itruediv ifloordiv imod ipow iand ior ixor imatmul".split():
+    setattr(HintProxy, f"__{_name}__", _in_place(_name))
 
 
 class HintAttribute(HintProxy, fx.proxy.Attribute):

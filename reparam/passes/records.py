@@ -5,7 +5,7 @@ from __future__ import annotations
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from reparam.passes.plan import LayerPlan
 from reparam.passes.registry import statistics_of
@@ -60,7 +60,7 @@ def weight_name(planner: Planner, source: Any) -> str | None:
         node = stack.pop()
         seen.add(node)
         name = planner.name_of(node)
-        if name is not None and isinstance(node.meta["val"], Tensor):
+        if name is not None and isinstance(attrgetter(name)(planner.capture.root), nn.Parameter):
             found[name] = node.meta["val"].numel()
         stack += [n for n in node.all_input_nodes if n not in seen and n.op != "placeholder"]
     return max(found, key=lambda n: found[n]) if found else None

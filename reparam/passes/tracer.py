@@ -22,10 +22,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from reparam.errors import CaptureError
-from reparam.passes.functionalize import chunk, drop_unused, functionalize, setitem
+from reparam.passes.functionalize import chunk, drop_unused, functionalize, refuse_new_weights, setitem
 from reparam.passes.intrinsics import intrinsics
 from reparam.passes.meta import Unknown, run_leaf_on_meta, run_on_meta
 from reparam.passes.proxies import HintProxy, iter_nodes, nodes_of, proxies_have_types, source_line
+from reparam.passes.restore import refuse_assigned_buffers, restore, snapshot
 from reparam.passes.skeleton import named_tensors, to_meta
 from reparam.passes.values import plain
 
@@ -41,6 +42,7 @@ class Capture:
         leaves: paths of the modules that are leaves, with the reason.
         train: the forward pass in train mode, where the root's own forward branches on its training flag; this
             one is then the eval mode's.
+        in_train_mode: whether this is the forward pass in train mode of such a root.
         eval_only: the root branches on its training flag and only its eval mode can be recorded.
     """
 
@@ -49,6 +51,7 @@ class Capture:
     outputs: dict[str, list[Any]] = field(default_factory=dict)
     leaves: dict[str, str] = field(default_factory=dict)
     train: Capture | None = None
+    in_train_mode: bool = False
     eval_only: bool = False
 
     @property
@@ -82,7 +85,7 @@ def _trace_modes(root: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
             if captures:
                 break  # the train mode branch alone cannot be recorded: the teacher says so when it gets there
             raise CaptureError(_untraceable(root, error)) from again
-        captures.append(Capture(graph, root, tracer.outputs, tracer.leaves))
+        captures.append(Capture(graph, root, tracer.outputs, tracer.leaves, in_train_mode=mode))
         if not tracer.read_root_mode:
             return captures[0]
     if len(captures) == 2:
@@ -115,13 +118,6 @@ def _untraceable(root: nn.Module, error: Exception) -> str:
 
 
 _TRACERS: list[ModelTracer] = []
-
-
-def _restore(module: nn.Module, state: dict[str, Any]) -> None:
-    """Undo what traced code did to the attributes of a module, but keep the constants that fx stored there."""
-    constants = {k: v for k, v in vars(module).items() if k.startswith("_tensor_constant")}
-    vars(module).clear()
-    vars(module).update({**state, **constants})
 
 
 @contextlib.contextmanager
@@ -181,15 +177,16 @@ class ModelTracer(fx.Tracer):
         self._names = {}
         for name, tensor in named_tensors(root):
             self._names.setdefault(id(tensor), name)
-        states = [(module, dict(vars(module))) for module in root.modules()]
+        states = [(module, snapshot(module)) for module in root.modules()]
         _TRACERS.append(self)
         try:
             with _training_property(), proxies_have_types(), intrinsics(self._intrinsic):
                 graph = super().trace(root, concrete_args)
+                refuse_assigned_buffers(root)
         finally:
             _TRACERS.pop()
             for module, state in states:
-                _restore(module, state)
+                restore(module, state)
         functionalize(graph)
         drop_unused(graph)
         return graph
@@ -250,6 +247,7 @@ class ModelTracer(fx.Tracer):
         node.meta["source"] = source_line()
         if kind not in ("placeholder", "output"):
             node.meta["val"] = self._evaluate(node)
+        refuse_new_weights(node)
         return node
 
     def _evaluate(self, node: fx.Node) -> Any:
@@ -304,15 +302,16 @@ class ModelTracer(fx.Tracer):
             return forward(*args, **kwargs)
         path = self.submodule_paths[m]
         mark = next(iter(reversed(self.graph.nodes)), None)
-        state = dict(vars(m))
+        state = snapshot(m)
         self.path.append(path)
         try:
             result = forward(*args, **kwargs)
             self._check_known(mark)
+            refuse_assigned_buffers(m)
         except Exception as error:
             self._rollback(mark)
             # Code that failed half way may have left symbolic values in the module's attributes.
-            _restore(m, state)
+            restore(m, state)
             self.leaves[path] = f"{type(error).__name__}: {error}"
             result = self.create_proxy("call_module", path, args, kwargs)
             if isinstance(result.node.meta["val"], Unknown):

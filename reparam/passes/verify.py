@@ -8,6 +8,7 @@ time, values are freed after their last use.
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import operator
 from collections.abc import Callable, Iterator, Mapping
@@ -27,6 +28,7 @@ from reparam.passes.plan import Plan
 from reparam.passes.skeleton import canonical_names, module_and_attribute, named_tensors
 from reparam.passes.tracer import Capture, key_of
 from reparam.passes.values import walk
+from reparam.passes.widen import stated_widths
 
 TOLERANCE = 1e-9
 """Relative error of a node above which verification fails. Exact expansion stays below 1e-12."""
@@ -70,6 +72,8 @@ def verify(model: nn.Module, capture: Capture, rewritten: Rewritten, plan: Plan,
     values = iter([v for v in [*inputs[0], *inputs[1].values()] if _has_tensor(v)])
     feeds = {node.name: next(values) for node in placeholders}
     worst = NodeError(0.0, "", "", "", "")
+    sizes: dict[fx.Node, float] = {}
+    recorded: Any = None
     devices = [leaves[0].device] if leaves and leaves[0].device.type == "cuda" else []
     with torch.no_grad(), torch.random.fork_rng(devices):
         for node in rewritten.graph.nodes:
@@ -81,28 +85,59 @@ def verify(model: nn.Module, capture: Capture, rewritten: Rewritten, plan: Plan,
             elif old is not None:
                 torch.manual_seed(0)
                 student.run(old, feeds)
-                given = [student.env[n] for n in old.all_input_nodes]
+                given = max((sizes.get(n, 0.0) for n in old.all_input_nodes), default=0.0)
                 found = _compare(old, student.env[old], teacher.env[node], plan, given)
+                sizes[old] = _size(student.env[old], given)
                 worst = max(worst, found, key=lambda e: e.error)
+                recorded = student.env[old]
             if old is not None:
                 student.free(old)
             teacher.free(node)
+        _compare_with_model(capture, student, recorded, inputs)
     return worst
+
+
+def _compare_with_model(capture: Capture, world: World, recorded: Any, inputs: Inputs) -> None:
+    """Compare the recorded graph with the model itself: what the capture missed, no comparison of two graphs shows."""
+    model = copy.deepcopy(capture.root)
+    tensors = {name: world.tensors(name) for name, first in canonical_names(model).items() if name == first}
+    results = []
+    for seed in (0, 1):
+        args, kwargs = pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, inputs)
+        torch.manual_seed(seed)
+        with _eval_mode(model):
+            model.training = capture.in_train_mode
+            try:
+                results.append(functional_call(model, {n: t.clone() for n, t in tensors.items()}, args, kwargs))
+            except (RuntimeError, TypeError):
+                return  # plain tensor attributes of another dtype: the model does not run in float64
+    eager, again = ([v for v in pytree.tree_leaves(_open(r)) if isinstance(v, Tensor)] for r in results)
+    ours = [v for v in pytree.tree_leaves(_open(recorded)) if isinstance(v, Tensor)]
+    for a, b, c in zip(eager, again, ours, strict=True):
+        if _difference(a, c, {}) > TOLERANCE and _difference(a, b, {}) <= TOLERANCE:
+            raise VerificationError(
+                f"{type(model).__name__}: the recorded graph does not compute what the model computes (relative error "
+                f"{_difference(a, c, {}):.2e}); the capture misses a side effect of its code, for instance a change in "
+                "place that is read under another name. Write that operator out of place, and please report it"
+            )
+
+
+def _open(value: Any) -> Any:
+    """Open dataclass-like outputs."""
+    fields = getattr(value, "__dataclass_fields__", None)
+    return {name: getattr(value, name) for name in fields} if fields else value
 
 
 def _has_tensor(value: Any) -> bool:
     return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
 
 
-def _compare(node: fx.Node, s: Any, t: Any, plan: Plan, given: list[Any]) -> NodeError:
+def _compare(node: fx.Node, s: Any, t: Any, plan: Plan, given: float) -> NodeError:
     maps = plan.value_maps.get(key_of(node), ())
     pairs = zip(_tensors(s), _tensors(t), strict=False)
     worst = 0.0
     for k, (a, b) in enumerate(pairs):
-        error = _difference(a, b, dict(maps[k]) if k < len(maps) else {})
-        if TOLERANCE / 1000 < error < float("inf") and _cancels(a, given):
-            error *= _largest(a)
-        worst = max(worst, error)
+        worst = max(worst, _difference(a, b, dict(maps[k]) if k < len(maps) else {}, given * _CANCELS))
     operator_name = getattr(node.target, "__name__", str(node.target))
     found = NodeError(worst, node.name, operator_name, node.meta.get("module", ""), node.meta.get("source", ""))
     if not worst <= TOLERANCE:
@@ -115,18 +150,27 @@ def _compare(node: fx.Node, s: Any, t: Any, plan: Plan, given: list[Any]) -> Nod
     return found
 
 
-def _cancels(value: Tensor, given: list[Any]) -> bool:
-    """Whether a value is 0 but for rounding: the mean of ``x - x.mean()``. Its error is absolute, as that of a 0."""
-    sizes = [_largest(v.detach()) for v in _tensors(given) if v.is_floating_point() and v.numel()]
-    return 0 < _largest(value) < 1e-12 * max(sizes, default=0.0)
+_CANCELS = 1e-3
+"""A value that is smaller than this share of what it was computed from is a difference of large numbers (the mean of
+``x - x.mean()``): both networks round it, each in its own order, and its error is measured against that share."""
+
+
+def _size(value: Any, given: float) -> float:
+    """Return the size of a node for the errors behind it: where nothing but rounding is left, that of its inputs."""
+    own = max((_largest(v) for v in _tensors(value) if v.is_floating_point() and v.numel()), default=0.0)
+    own = own if math.isfinite(own) else 0.0
+    return given if own < 1e-12 * given else own
 
 
 def _tensors(value: Any) -> list[Tensor]:
     return [leaf for _path, leaf in walk(value) if isinstance(leaf, Tensor)]
 
 
-def _difference(student: Tensor, teacher: Tensor, maps: Maps) -> float:
-    """Return max |teacher - repeated student| / max |student|; infinite where the shapes do not fit."""
+def _difference(student: Tensor, teacher: Tensor, maps: Maps, floor: float = 0.0) -> float:
+    """Return max |teacher - repeated student| / max |student|; infinite where the shapes do not fit.
+
+    A student smaller than ``floor`` is measured against that.
+    """
     if tuple(teacher.shape) != take_index(student.shape, maps):
         return float("inf")
     if not (student.is_floating_point() and teacher.is_floating_point()) or not student.numel():
@@ -144,6 +188,7 @@ def _difference(student: Tensor, teacher: Tensor, maps: Maps) -> float:
             return float("inf")
         expected, found = expected.nan_to_num(0, 0, 0), found.nan_to_num(0, 0, 0)
         scale, difference = _largest(expected), _largest(found - expected)
+    scale = max(scale, floor)
     return difference / scale if scale > 0 else difference
 
 
@@ -202,7 +247,7 @@ class World:
         attributes: Mapping[str, Any] | None = None,
     ) -> None:
         self.root, self.tensors, self.steps = root, tensors, steps or {}
-        self.attributes = attributes or {}
+        self.attributes = attributes
         self.env: dict[fx.Node, Any] = {}
         order = {node: k for k, node in enumerate(graph.nodes)}
         self.last: dict[fx.Node, list[fx.Node]] = {}
@@ -244,14 +289,23 @@ class World:
         value = operator.attrgetter(name)(self.root) if value is None else value
         return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
+    def _widths(self, module: nn.Module, tensors: dict[str, Any]) -> contextlib.AbstractContextManager[None]:
+        if self.attributes is None:
+            return contextlib.nullcontext()
+        found: dict[str, Any] = {}
+        for path, child in module.named_modules(prefix="x"):
+            weight = tensors.get(f"{path}.weight".removeprefix("x."))
+            found |= {f"{path}.{n}".removeprefix("x."): v for n, v in stated_widths(child, weight).items()}
+        return _attributes(module, found)
+
     def _module(self, name: str, args: Any, kwargs: Any) -> Any:
         step = self.steps.get(name.rpartition(".")[2]) if name.startswith("reparam_steps.") else None
         if step is not None:
             return step(*args, **kwargs)
         module = self.root.get_submodule(name)
         tensors = {n: self.tensors(f"{name}.{n}") for n, _t in named_tensors(module)}
-        own = {n: v for n, v in self.attributes.items() if n.startswith(f"{name}.")}
-        with _eval_mode(module), _attributes(self.root, own):
+        own = {n: v for n, v in (self.attributes or {}).items() if n.startswith(f"{name}.")}
+        with _eval_mode(module), _attributes(self.root, own), self._widths(module, tensors):
             return functional_call(module, tensors, args, kwargs)
 
 

@@ -171,12 +171,14 @@ def _renamed(calls: list[Any], env: dict[fx.Node, fx.Node]) -> list[Any]:
 def describe_widths(root: nn.Module) -> None:
     """Bring the attributes that state a width (``in_channels``, ``num_features`` ...) in line with the tensors."""
     for module in root.modules():
-        weight = module._parameters.get("weight")
-        if weight is None:
-            continue
-        for name, value in _widths(module, weight).items():
-            if isinstance(getattr(module, name, None), int) and not isinstance(getattr(module, name), bool):
-                setattr(module, name, value)
+        for name, value in stated_widths(module, module._parameters.get("weight")).items():
+            setattr(module, name, value)
+
+
+def stated_widths(module: nn.Module, weight: Tensor | None) -> dict[str, int]:
+    """Return the attributes of ``module`` that state a width, as they must be for this weight."""
+    widths = {} if weight is None else _widths(module, weight)
+    return {name: value for name, value in widths.items() if type(getattr(module, name, None)) is int}
 
 
 def _widths(module: nn.Module, weight: Tensor) -> dict[str, int]:

@@ -47,6 +47,8 @@ def broadcast(call: Call, *args: Value, **kwargs: Value) -> Value:
     places = [At(("args", *p)) for p, leaf in walk(list(call.args)) if isinstance(leaf, (Pair, Free))]
     places += [At(("kwargs", *p)) for p, leaf in walk(call.kwargs) if isinstance(leaf, (Pair, Free))]
     if not places:
+        if call.node.target not in _PROPORTIONAL and not isinstance(call.s, bool):
+            narrow_numbers(call)  # a condition that differs is refused, and then asked about student values
         return call.result()
     for holder, values in (("args", list(call.args)), ("kwargs", call.kwargs)):
         for path, leaf in list(walk(values)):
@@ -55,6 +57,24 @@ def broadcast(call: Call, *args: Value, **kwargs: Value) -> Value:
                 call.narrow_int(At((holder, *path)))
     maps = agree(call, places)
     return call.result(lambda s, _t: maps)
+
+
+_PROPORTIONAL = {
+    operator.mul, operator.imul, operator.floordiv, operator.ifloordiv, operator.truediv, operator.itruediv,
+    operator.neg,
+}  # fmt: skip
+"""Arithmetic under which a width stays a multiple of the student's at every size."""
+
+
+def narrow_numbers(call: Call) -> None:
+    """Give numbers their student values, unless all of them are the same multiple of those (``c1 + c2``)."""
+    places = [At((holder, *p)) for holder in ("args", "kwargs") for p, _leaf in walk(getattr(call, holder))]
+    values = [call.get(place) for place in places]
+    ratios = {v.t / v.s if isinstance(v, Int) and v.s else 1.0 for v in values if isinstance(v, (Int, int, float))}
+    if len(ratios) == 1 and call.node.target in (operator.add, operator.sub, operator.iadd, operator.isub):
+        return
+    for place in places:
+        call.narrow_int(place)
 
 
 def agree(call: Call, places: list[At]) -> Maps:
@@ -100,10 +120,11 @@ def _choose(call: Call, places: list[At], axis: int) -> ReplicaMap | None:
             continue
         replica_map = value.maps.get(value.ndim + axis)
         if replica_map is None:
-            narrow = narrow or size > 1
+            narrow = True
         else:
             found.append(replica_map)
-    if not found or (narrow and call.ends):
+    # A narrow dimension of one index may have more at another resolution: it is not repeated.
+    if not found or (narrow and (call.ends or size == 1)):
         return None
     return max(found, key=len)
 

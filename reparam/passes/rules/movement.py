@@ -282,6 +282,11 @@ def _expand_as(call: Call, maps: Maps) -> Value:
     place = At(("args", 1))
     for d, m in maps.items():
         call.align(place, d, m)
+    x, other = call.pair("input"), call.pair(place)
+    for d, m in other.maps.items():
+        axis = d - other.ndim + x.ndim
+        if axis >= 0 and axis not in x.maps and x.s.shape[axis] == m.size:
+            call.align("input", axis, m)
     return call.result({**call.pair(place).maps, **maps})
 
 

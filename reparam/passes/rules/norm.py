@@ -22,6 +22,25 @@ def _per_channel(call: Call, maps: Maps, *names: str) -> None:
             call.match(name, maps)
 
 
+def _follow_statistics(call: Call) -> Maps:
+    """Give the running statistics the input's channel map, or the input theirs: a copy of them would not be updated.
+
+    Returns:
+        The map of the parameters.
+    """
+    for name in _RUNNING:
+        if call.get(name) is None:
+            continue
+        phi = call.pair("input").maps.get(1)
+        if isinstance(call.get(name), Free):
+            call.demand(name, {} if phi is None else {0: phi})
+        call.align("input", 1, call.pair(name).maps.get(0))
+    phi = call.pair("input").maps.get(1)
+    if any(call.get(name) is not None and call.pair(name).maps.get(0) != phi for name in _RUNNING):
+        raise Refuse("its running mean and variance have different layouts")
+    return {} if phi is None else {0: phi}
+
+
 def _note_statistics(call: Call) -> None:
     """Mark buffers that training changes: the student keeps its own."""
     for source in statistics_of(call.node):
@@ -50,10 +69,9 @@ def batch_norm(
     # reach it; without running statistics mean and biased variance are the same over replicas.
     inner = [d for d in x.maps if d != 1 and (keeps or x.maps[d].uniform is None)]
     x = call.narrow("input", inner, "replicas along dimensions that it takes statistics of")
-    channel = {0: x.maps[1]} if 1 in x.maps else {}
-    _per_channel(call, channel, "running_mean", "running_var", "weight", "bias")
+    _per_channel(call, _follow_statistics(call), "weight", "bias")
     _note_statistics(call)
-    return call.result(dict(x.maps))
+    return call.result(dict(call.pair("input").maps))
 
 
 @rule(F.instance_norm, torch.instance_norm, statistics=_RUNNING)
@@ -71,10 +89,9 @@ def instance_norm(
     """Instance norm over dimension 1."""
     x = call.pair("input")
     x = call.narrow("input", [d for d in x.maps if d > 1], "replicas along dimensions that it takes statistics of")
-    channel = {0: x.maps[1]} if 1 in x.maps else {}
-    _per_channel(call, channel, "running_mean", "running_var", "weight", "bias")
+    _per_channel(call, _follow_statistics(call), "weight", "bias")
     _note_statistics(call)
-    return call.result(dict(x.maps))
+    return call.result(dict(call.pair("input").maps))
 
 
 def _last(call: Call, normalized_shape: Value) -> Maps:

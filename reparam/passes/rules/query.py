@@ -11,6 +11,7 @@ import torch
 
 from reparam.passes.call import Call
 from reparam.passes.registry import rule
+from reparam.passes.rules.broadcast import narrow_numbers
 from reparam.passes.values import Free, Pair, Refuse, Value, join
 
 
@@ -28,6 +29,8 @@ def attribute(call: Call, value: Value, name: Value) -> Value:
         first = 0 if name == "T" else pair.ndim - 2
         return call.result({first + pair.ndim - 1 - d if d >= first else d: m for d, m in pair.maps.items()})
     if name == "data":
+        if pair.divided:
+            call.planner.undivide(pair.name)
         return call.result(dict(pair.maps))
     raise Refuse(f"attribute {name}")
 
@@ -46,6 +49,10 @@ def size_function(call: Call, input: Value) -> Value:
     return call.result()
 
 
+_ROUNDINGS = (math.prod, builtins.int, builtins.float, builtins.len, operator.index)
+"""Functions under which a width stays a multiple of the student's."""
+
+
 @rule(
     math.ceil, math.floor, math.sqrt, math.prod, math.log, math.log2, builtins.int, builtins.float, builtins.len,
     builtins.round, builtins.sum, builtins.max, builtins.min, operator.index, torch.Size, torch.sym_int,
@@ -55,6 +62,8 @@ def arithmetic(call: Call, *args: Value, **kwargs: Value) -> Value:
     """Arithmetic on sizes: done in each world."""
     if any(isinstance(leaf, (Pair, Free)) for leaf in [*args, *kwargs.values()]):
         raise Refuse("a tensor among plain numbers")
+    if call.node.target not in _ROUNDINGS:
+        narrow_numbers(call)
     return call.result()
 
 

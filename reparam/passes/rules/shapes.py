@@ -106,7 +106,8 @@ def reshape(call: Call, input: Value, *sizes: Value, **kwargs: Value) -> Value:
     for k, other in enumerate(sizes):
         if isinstance(other, Free):
             call.match(At(("args", 1 + k)), {})
-    x = call.pair("input")
+    # The replicas of a single index could go to any dimension, also to one that has more indices elsewhere.
+    x = call.narrow("input", [d for d, m in call.pair("input").maps.items() if m.size == 1])
     if not any(is_wide(leaf) for _p, leaf in walk([call.args, call.kwargs])):
         return call.result()
     try:

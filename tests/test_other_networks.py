@@ -1,0 +1,158 @@
+"""Networks as users write them: in-place code that aliases, buffers that change, padding to the resolution."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from timm.layers import Conv2dSame, GlobalContext, ScaledStdConv2dSame
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from zoo import error, randomise, sample
+
+import reparam
+from reparam.errors import CaptureError
+
+
+class Layers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(3, 8, 3, padding=1)
+        self.b = nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Conv2d(8, 3, 1)
+
+
+class AliasInList(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        features = [x]
+        x += self.b(torch.sigmoid(x))
+        return self.head(x * features[0].tanh())
+
+
+class AliasByView(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        half = x[:, :4]
+        half *= 2
+        half -= 1
+        return self.head(torch.tanh(self.b(x)))
+
+
+class Add(nn.Module):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        x += y
+        return x
+
+
+class AliasInModule(Layers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.add = Add()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        y = self.b(torch.tanh(x))
+        self.add(y, x)
+        return self.head(y)
+
+
+class CountsInPlace(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        count = x.shape[1]
+        count += 5
+        count *= 2
+        return self.head(self.b(self.a(x))) * count
+
+
+class MaskedWeight(nn.Conv2d):
+    def __init__(self) -> None:
+        super().__init__(8, 8, 3, padding=1)
+        self.register_buffer("mask", (torch.arange(9) < 5).view(3, 3).to(self.weight).expand_as(self.weight).clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight * self.mask, self.bias, padding=1)
+
+
+class MaskedData(MaskedWeight):
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight.data *= self.mask
+        return nn.Conv2d.forward(self, x)
+
+
+class HandNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.rand(1, 8, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean((0, 2, 3), keepdim=True)
+        return x - self.mean
+
+
+class AssignsBuffer(HandNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean((0, 2, 3), keepdim=True)
+        return x - self.mean
+
+
+class Checkpointed(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(checkpoint(self.b, self.a(x), use_reentrant=False))
+
+
+def between(layer: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), layer, nn.Conv2d(8, 4, 1))
+
+
+NETWORKS = {
+    "alias-in-list": (AliasInList, True),
+    "alias-by-view": (AliasByView, True),
+    "alias-in-module": (AliasInModule, True),
+    "counts-in-place": (CountsInPlace, True),
+    "masked-weight": (lambda: between(MaskedWeight()), True),
+    "masked-data": (lambda: between(MaskedData()), False),
+    "hand-norm": (lambda: between(HandNorm()), False),
+    "assigns-buffer": (lambda: between(AssignsBuffer()), False),
+    "checkpoint": (Checkpointed, True),
+    "global-context": (lambda: between(GlobalContext(8, fuse_add=True)), True),
+    "same-padding": (lambda: between(Conv2dSame(8, 8, 3, stride=2)), True),
+    "same-padding-depthwise": (lambda: between(Conv2dSame(8, 8, 3, stride=2, groups=8)), True),
+    "same-padding-standardised": (lambda: between(ScaledStdConv2dSame(8, 8, 3, stride=2)), True),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_as_users_write_it(name: str) -> None:
+    build, widened = NETWORKS[name]
+    torch.manual_seed(0)
+    model = randomise(build().double()).eval()
+    x = sample((3, 3, 11, 12), seed=2)
+    with torch.no_grad():
+        model(x)  # some change a weight when they are called
+        own = {key: value.clone() for key, value in model.state_dict().items()}
+        teacher = reparam.expand(model, 2, example_input=sample((2, 3, 9, 8)))
+        assert (teacher.plan.coverage == 1.0) == widened
+        back = reparam.extract(teacher).state_dict()
+        assert all(torch.equal(back[key], value) for key, value in own.items())
+        found = teacher(x.clone())
+        view = reparam.student_view(teacher)(x.clone()) if name != "assigns-buffer" else None
+        expected = model(x.clone())
+    assert error(expected, found) <= 1e-12
+    assert view is None or error(expected, view) <= 1e-12
+
+
+def test_a_root_that_assigns_its_buffer_is_refused() -> None:
+    class Root(Layers):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("last", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            self.last = x.mean()
+            return self.head(x)
+
+    with pytest.raises(CaptureError, match="assigns a new tensor to its buffer last"):
+        reparam.expand(Root(), 2, example_input=torch.randn(2, 3, 8, 8))
