@@ -270,7 +270,8 @@ def test_no_example_can_be_found() -> None:
             return self.layer(left + right)
 
     match = (
-        r"no example input can be found for Odd; give one, for instance reparam\.expand\(model, ratio=2, example_input="
+        r"no example input can be found for Odd, whose forward takes 2 inputs; give one, for instance "
+        r"reparam\.expand\(model, ratio=2, example_input=\(left, right\)\)"
     )
     both(Odd(), match, example_input=None)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -81,7 +82,7 @@ def _check_device_and_dtype(model: nn.Module, args: tuple[Any, ...], kwargs: dic
     devices = {p.device for p in model.parameters()}
     floats = {p.dtype for p in model.parameters() if p.is_floating_point()}
     for value in tensors:
-        if value.device not in devices and len(devices) == 1 and value.device.type != "meta":
+        if value.device not in devices and len(devices) == 1:
             device = next(iter(devices))
             raise InputError(
                 f"example_input is on {value.device} and the model on {device}; move it: example_input.to('{device}')"
@@ -110,9 +111,13 @@ def _find(model: nn.Module, skeleton: nn.Module) -> Inputs:
         args = (torch.empty(shape, device="meta", dtype=dtype),)
         if _try(skeleton, args, {}) is None:
             return args, {}
+    names = [p.name for p in inspect.signature(model.forward).parameters.values() if p.default is p.empty]
+    names = [n for n in names if n not in ("args", "kwargs")]
+    call = f"({', '.join(names)})" if len(names) > 1 else "torch.randn(2, 3, 224, 224)"
     raise InputError(
-        f"no example input can be found for {type(model).__name__}; give one, for instance "
-        "reparam.expand(model, ratio=2, example_input=torch.randn(2, 3, 224, 224))"
+        f"no example input can be found for {type(model).__name__}"
+        f"{f', whose forward takes {len(names)} inputs' if len(names) > 1 else ''}; give one, for instance "
+        f"reparam.expand(model, ratio=2, example_input={call})"
     )
 
 

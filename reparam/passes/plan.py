@@ -81,7 +81,7 @@ class EditPlan:
     out: tuple[Step, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """What would be widened, what not and why. Immutable; ``str(plan)`` is a table.
 
@@ -120,6 +120,12 @@ class Plan:
     def __post_init__(self) -> None:
         for name in ("inputs", "params", "edits", "attributes", "value_maps", "leaves"):
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+
+    def __repr__(self) -> str:
+        return (
+            f"<Plan of {self.model}, ratio {self.ratio}: {len(self.layers)} conv and linear weights, "
+            f"{self.coverage:.1%} widened, {len(self.contractions)} contractions; print it for the table>"
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
         return self  # immutable
@@ -160,6 +166,7 @@ class Plan:
             f"{self.coverage:.1%} of the conv and linear weights widened on both sides",
             f"parameters {_count(self.parameters)} -> {_count(self.wide_parameters)}, "
             f"multiply-adds per sample {_count(before)} -> {_count(after)}",
+            f"planned with the input {describe_spec(self.inputs)}",
         ]
         for c in self.contractions:
             where = f" in {c.module}" if c.module else ""
@@ -360,6 +367,18 @@ def _constant_from_json(value: Any) -> Any:
     if isinstance(value, dict) and "tuple" in value:
         return tuple(_constant_from_json(v) for v in value["tuple"])
     return value
+
+
+def describe_spec(inputs: Mapping[str, Any]) -> str:
+    """Return the example input of a plan in short: ``float32[2, 3, 224, 224]``."""
+
+    def one(value: Any) -> str:
+        if isinstance(value, dict) and "tensor" in value:
+            return f"{value['dtype']}{list(value['tensor'])}"
+        return "..." if isinstance(value, dict) and "value" not in value else repr(value.get("value"))
+
+    given = [one(v) for v in inputs.get("args", ())]
+    return ", ".join([*given, *(f"{name}={one(v)}" for name, v in inputs.get("kwargs", {}).items())])
 
 
 def _numel(shape: tuple[int, ...]) -> int:

@@ -92,9 +92,10 @@ def record_layer(
     ends = node not in planner.reaches_mixing
     outputs, inputs = (d in weight.maps for d in dims)
     outside = data in planner.from_input
-    reasons = [planner.ignored[name]] if name in planner.ignored else []
-    reasons += [] if inputs else ["input of the network" if outside else "its input is at student width"]
+    reasons = [] if inputs else ["input of the network" if outside else "its input is at student width"]
     reasons += [] if outputs else ["output of the network" if ends else "its output is at student width"]
+    if name in planner.ignored:
+        reasons = [planner.ignored[name]]
     earlier = planner.state.layers.get(name)
     counted = (earlier.multiply_adds, earlier.wide_multiply_adds) if earlier else (0, 0)
     planner.state.layers[name] = LayerPlan(

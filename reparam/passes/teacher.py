@@ -128,4 +128,6 @@ def require_teacher(value: Any) -> Teacher:
         raise InputError("the teacher is wrapped (DDP or EMA); pass the teacher itself, usually wrapper.module")
     if isinstance(getattr(value, "_orig_mod", None), Teacher):
         raise InputError("the teacher is compiled; pass the teacher itself (compiled._orig_mod)")
+    if hasattr(value, "teacher") and isinstance(value.teacher, Teacher):
+        raise InputError(f"this is the {type(value).__name__} of a teacher; pass the teacher itself: .teacher of it")
     raise InputError(f"a teacher made by reparam.expand or reparam.load is needed, not {type(value).__name__}")
