@@ -137,7 +137,9 @@ def _compare(node: fx.Node, s: Any, t: Any, plan: Plan, given: float) -> NodeErr
     pairs = zip(_tensors(s), _tensors(t), strict=False)
     worst = 0.0
     for k, (a, b) in enumerate(pairs):
-        worst = max(worst, _difference(a, b, dict(maps[k]) if k < len(maps) else {}, given * _CANCELS))
+        size = _largest(a) if a.is_floating_point() and a.numel() else 0.0
+        floor = given if size < _NOTHING * given else given * _CANCELS
+        worst = max(worst, _difference(a, b, dict(maps[k]) if k < len(maps) else {}, floor))
     operator_name = getattr(node.target, "__name__", str(node.target))
     found = NodeError(worst, node.name, operator_name, node.meta.get("module", ""), node.meta.get("source", ""))
     if not worst <= TOLERANCE:
@@ -154,12 +156,15 @@ _CANCELS = 1e-3
 """A value that is smaller than this share of what it was computed from is a difference of large numbers (the mean of
 ``x - x.mean()``): both networks round it, each in its own order, and its error is measured against that share."""
 
+_NOTHING = 1e-12
+"""A value below this share of what it was computed from is 0 but for rounding, and is measured against that itself."""
+
 
 def _size(value: Any, given: float) -> float:
     """Return the size of a node for the errors behind it: where nothing but rounding is left, that of its inputs."""
     own = max((_largest(v) for v in _tensors(value) if v.is_floating_point() and v.numel()), default=0.0)
     own = own if math.isfinite(own) else 0.0
-    return given if own < 1e-12 * given else own
+    return given if own < _NOTHING * given else own
 
 
 def _tensors(value: Any) -> list[Tensor]:
