@@ -78,13 +78,21 @@ def _large(name: str) -> dict[str, Any]:
         return pool.apply(_plan_large, (name,))
 
 
+def _peak_kib() -> int:
+    """Peak resident memory of this process alone; getrusage would count that of the parent it was forked from."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(next(line for line in status.read_text().splitlines() if line.startswith("VmHWM")).split()[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 def _plan_large(name: str) -> dict[str, Any]:
     with torch.device("meta"):
         model = timm.create_model(name)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _peak_kib()
     start = time.perf_counter()
     plan = reparam.plan(model, 2)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = _peak_kib()
     return {
         "model": name,
         "parameters": sum(p.numel() for p in model.parameters()),
