@@ -58,7 +58,6 @@ class Planner:
         self.inner_graphs: dict[tuple[fx.Node, bool], fx.Graph | Exception] = {}
         self.reaches_mixing: set[fx.Node] = set()
         self.from_input: set[fx.Node] = set()
-        self.forcing: set[fx.Node] = set()
         self.state = State()
         for graph in capture.graphs:
             self._scan(graph)
@@ -113,7 +112,7 @@ class Planner:
     def _value(self, node: fx.Node) -> Value:
         val = node.meta.get("val")
         if node.op == "placeholder":
-            return node.meta.get("pair", None) or narrow_value(val)
+            return narrow_value(val)
         if node.op == "get_attr":
             return self._attribute(node, val)
         args, kwargs = self.lookup(node.args), self.lookup(node.kwargs)
@@ -124,7 +123,7 @@ class Planner:
         leaves = [leaf for _path, leaf in walk([args, kwargs])]
         free = any(isinstance(leaf, Free) for leaf in leaves)
         tensors = any(isinstance(leaf, (Pair, Int)) for leaf in leaves)
-        if free and not tensors and node not in self.forcing:
+        if free and not tensors:
             return Free(node, val)
         if not free and not any(is_wide(leaf) for leaf in leaves) and not self._has_free_inside(node):
             return narrow_value(val)
@@ -311,10 +310,6 @@ class Planner:
         self.state.linear[name] = True
         value = source.meta["val"]
         self.state.env[source] = Pair(value, value.new_empty(param_map.wide_shape), param_map.maps)
-
-    def set_param(self, name: str, param_map: ParamMap) -> None:
-        """Replace the map of a parameter (rules whose buffers scale in another way)."""
-        self.state.params[name] = param_map
 
     def sources(self, node: fx.Node) -> list[fx.Node]:
         """Return the parameters that a free value is computed from, largest first."""

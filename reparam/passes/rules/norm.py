@@ -47,6 +47,13 @@ def _note_statistics(call: Call) -> None:
         note_statistic(call.planner, source)
 
 
+def _with_statistics(call: Call) -> Value:
+    """Gather parameters and running statistics for the channels of the input, and run the norm."""
+    _per_channel(call, _follow_statistics(call), "weight", "bias")
+    _note_statistics(call)
+    return call.result(dict(call.pair("input").maps))
+
+
 _RUNNING = ("running_mean", "running_var")
 
 
@@ -68,10 +75,8 @@ def batch_norm(
     # The unbiased running variance depends on the number of values, so replicas on other dimensions may not
     # reach it; without running statistics mean and biased variance are the same over replicas.
     inner = [d for d in x.maps if d != 1 and (keeps or x.maps[d].uniform is None)]
-    x = call.narrow("input", inner, "replicas along dimensions that it takes statistics of")
-    _per_channel(call, _follow_statistics(call), "weight", "bias")
-    _note_statistics(call)
-    return call.result(dict(call.pair("input").maps))
+    call.narrow("input", inner, "replicas along dimensions that it takes statistics of")
+    return _with_statistics(call)
 
 
 @rule(F.instance_norm, torch.instance_norm, statistics=_RUNNING)
@@ -88,10 +93,8 @@ def instance_norm(
 ) -> Value:
     """Instance norm over dimension 1."""
     x = call.pair("input")
-    x = call.narrow("input", [d for d in x.maps if d > 1], "replicas along dimensions that it takes statistics of")
-    _per_channel(call, _follow_statistics(call), "weight", "bias")
-    _note_statistics(call)
-    return call.result(dict(call.pair("input").maps))
+    call.narrow("input", [d for d in x.maps if d > 1], "replicas along dimensions that it takes statistics of")
+    return _with_statistics(call)
 
 
 def _last(call: Call, normalized_shape: Value) -> Maps:
