@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
+from reparam.coverage.weights import randomise
+
 
 class Entry(NamedTuple):
     """One network.
@@ -282,27 +284,6 @@ ZOO = [
 ]
 
 BY_NAME = {entry.name: entry for entry in ZOO}
-
-
-def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Give norms, gains and everything else that starts constant random values, in place."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def uniform(like: Tensor, low: float, high: float) -> Tensor:
-        return torch.rand(like.shape, generator=generator, dtype=torch.float64).mul(high - low).add(low).to(like)
-
-    with torch.no_grad():
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if not tensor.is_floating_point():
-                continue
-            if name.endswith("running_var"):
-                tensor.copy_(uniform(tensor, 0.5, 2.0))
-            elif name.endswith("running_mean"):
-                tensor.copy_(uniform(tensor, -0.3, 0.3))
-            elif bool((tensor == tensor.flatten()[0]).all()):
-                mean = float(tensor.flatten()[0])
-                tensor.copy_(uniform(tensor, 0.7, 1.3) if mean else uniform(tensor, -0.3, 0.3))
-    return model
 
 
 def built(entry: Entry, dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
