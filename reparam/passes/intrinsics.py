@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor
 from torch.nn.utils import parametrizations, spectral_norm
-from torch.utils import _pytree as pytree
 from torch.utils import checkpoint
+
+from reparam.passes.torch_modules import Patch, Record, is_symbolic, torch_modules
+from reparam.passes.torch_recurrent import torch_recurrent
 
 
 def spectral_normalize(
@@ -46,9 +48,6 @@ def spectral_normalize(
     return weight / sigma
 
 
-Record = Callable[..., Any]
-Patch = tuple[Any, str, Any]
-
 _FACTORIES = "zeros ones empty full rand randn randint arange linspace eye".split()
 
 
@@ -56,14 +55,14 @@ _FACTORIES = "zeros ones empty full rand randn randint arange linspace eye".spli
 def intrinsics(record: Record) -> Iterator[None]:
     """While active, operators that the tracer cannot look into are recorded as one node each.
 
-    These are spectral norms (as ``spectral_normalize``), instance norms, custom autograd functions, and factories of
-    tensors whose sizes are symbolic.
+    These are spectral norms (as ``spectral_normalize``), instance norms, custom autograd functions, factories of
+    tensors whose sizes are symbolic, and torch's attention and recurrent modules.
 
     Args:
         record: ``record(function, args, kwargs)`` returns the recorded value, or NotImplemented to run torch's code.
     """
     patches = [*_spectral_norms(record), *_instance_norms(), *_autograd_functions(record), *_factories(record)]
-    patches += [*_checkpoints(), *_same_paddings(record)]
+    patches += [*_checkpoints(), *_same_paddings(record), *torch_modules(record), *torch_recurrent(record)]
     with contextlib.ExitStack() as stack:
         for holder, name, value in patches:
             stack.callback(_restore, holder, name, vars(holder).get(name, _MISSING))
@@ -79,10 +78,6 @@ def _restore(holder: Any, name: str, value: Any) -> None:
         delattr(holder, name)
     else:
         setattr(holder, name, value)
-
-
-def _is_symbolic(*values: Any) -> bool:
-    return any(issubclass(type(leaf), fx.Proxy) for leaf in pytree.tree_leaves(values))
 
 
 def _spectral_norms(record: Record) -> list[Patch]:
@@ -111,7 +106,7 @@ def _instance_norms() -> list[Patch]:
 
     def forward(self: Any, x: Any) -> Any:
         # torch compares the width with num_features first, which the tracer would take for control flow.
-        if not _is_symbolic(x) or x.dim() == self._get_no_batch_dim():
+        if not is_symbolic(x) or x.dim() == self._get_no_batch_dim():
             return plain(self, x)
         self._check_input_dim(x)
         batch = self.training if self.track_running_stats else True
@@ -127,7 +122,7 @@ def _autograd_functions(record: Record) -> list[Patch]:
 
     def apply(cls: Any, *args: Any) -> Any:
         # Their C++ entry would take a symbolic value for a tensor.
-        value = record(_applied(cls), args, {}) if _is_symbolic(args) else NotImplemented
+        value = record(_applied(cls), args, {}) if is_symbolic(args) else NotImplemented
         return plain.__get__(None, cls)(*args) if value is NotImplemented else value
 
     return [(function, "apply", classmethod(apply))]
@@ -166,7 +161,7 @@ def _same_paddings(record: Record) -> list[Patch]:
 def _symbolic(record: Record, plain: Any) -> Any:
     @functools.wraps(plain)
     def make(*args: Any, **kwargs: Any) -> Any:
-        value = record(plain, args, kwargs) if _is_symbolic(args, kwargs) else NotImplemented
+        value = record(plain, args, kwargs) if is_symbolic(args, kwargs) else NotImplemented
         return plain(*args, **kwargs) if value is NotImplemented else value
 
     return make

@@ -65,12 +65,16 @@ def _mode(teacher: Teacher, path: str) -> bool:
 
 @dataclass(frozen=True)
 class _Source:
-    """Where a tensor of the student comes from: a slot of a module of the teacher, and the map to narrow it by."""
+    """Where a tensor of the student comes from: a slot of a module of the teacher, and the map to narrow it by.
+
+    A recurrent module may move its weights into a block of memory of its own (for cuDNN): they must be no views.
+    """
 
     names: tuple[str, ...]
     slots: dict[str, Any]
     slot: str
     param_map: ParamMap | None
+    moves: bool = False
 
 
 class Narrowing:
@@ -95,6 +99,7 @@ class Narrowing:
                 value = source.param_map.narrow(value)
                 # torch's CPU batch norm ignores the stride of its weight in the backward of an [N, C] input.
                 value = value.contiguous() if value.dim() == 1 else value
+                value = value.clone() if source.moves and value._is_view() else value
             for name in source.names:
                 result[name] = value
         return result
@@ -112,7 +117,8 @@ def _source(teacher: Teacher, name: str, names: tuple[str, ...], own: set[str]) 
         return _Source(names, holder._buffers, leaf, None)
     holder = teacher.get_submodule(path)
     slots: dict[str, Any] = holder._parameters if leaf in holder._parameters else holder._buffers
-    return _Source(names, slots, leaf, teacher.plan.params.get(name))
+    moves = isinstance(teacher.skeleton.get_submodule(path), nn.RNNBase)
+    return _Source(names, slots, leaf, teacher.plan.params.get(name), moves)
 
 
 class StudentView(nn.Module):

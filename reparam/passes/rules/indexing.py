@@ -8,14 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from reparam.ops.maps import Maps, ReplicaMap
 from reparam.ops.steps import Positions
 from reparam.passes.call import At, Call, Name
 from reparam.passes.functionalize import assign, chunk, setitem
 from reparam.passes.registry import rule
-from reparam.passes.rules.linear import output_map
 from reparam.passes.values import Free, Int, Pair, Refuse, Value, student, teacher, walk
 
 
@@ -35,7 +33,7 @@ def boundary(replica_map: ReplicaMap, position: int) -> int:
 def part(phi: ReplicaMap, start: int, stop: int) -> tuple[ReplicaMap, int, int]:
     """Return the map of student range [start, stop) and the teacher's range."""
     a, b = boundary(phi, start), boundary(phi, stop)
-    return ReplicaMap(phi.index[a:b] - start, stop - start), a, b
+    return phi.part(start, stop, a, b), a, b
 
 
 # -- pieces --------------------------------------------------------------------------------------------------------
@@ -97,10 +95,7 @@ def _pieces(call: Call, name: Name, dim: int) -> Value:
         return call.result(rest)
     cuts = _cuts(call, name, dim)
     starts = np.cumsum([0, *(piece.shape[axis] for piece in call.s)])
-    parts = iter(
-        ReplicaMap(phi.index[a:b] - s, int(e - s))
-        for a, b, s, e in zip(cuts, cuts[1:], starts, starts[1:], strict=False)
-    )
+    parts = iter(phi.part(int(s), int(e), a, b) for a, b, s, e in zip(cuts, cuts[1:], starts, starts[1:], strict=False))
     return call.result(lambda _s, _t: {**rest, axis: next(parts)})
 
 
@@ -178,16 +173,6 @@ def _positions(call: Call, name: Name, axis: int, index: Name) -> ReplicaMap | N
     chosen = ReplicaMap.repeat(place.s.shape[0], phi.uniform)
     call.insert(index, Positions(phi.uniform), Pair(place.s, wide, {0: chosen}))
     return chosen
-
-
-@rule(F.embedding, torch.embedding, mixing=True)
-def embedding(call: Call, input: Value, weight: Value, *args: Value, **kwargs: Value) -> Value:
-    """Look-up of rows: the columns of the table are the choice of this producer."""
-    call.narrow("input", None, "positions")
-    phi = output_map(call, student(weight).shape[1])
-    w = call.match("weight", {} if phi.is_identity else {1: phi})
-    rank = student(input).dim()
-    return call.result({rank: w.maps[1]} if 1 in w.maps else {})
 
 
 # -- indexing ------------------------------------------------------------------------------------------------------
