@@ -94,6 +94,10 @@ def _storage(node: fx.Node) -> int | None:
 def drop_unused(graph: fx.Graph) -> None:
     """Remove queries that nothing uses (training flags, shapes)."""
     for node in reversed(list(graph.nodes)):
-        pure = node.op == "get_attr" or node.target in (getattr, operator.getitem) or node.target in ("size", "dim")
-        if pure and not node.users:
+        if is_query(node) and not node.users:
             graph.erase_node(node)
+
+
+def is_query(node: fx.Node) -> bool:
+    """Whether a node only reads something: an attribute, a shape, an item."""
+    return node.op == "get_attr" or node.target in (getattr, operator.getitem) or node.target in ("size", "dim")

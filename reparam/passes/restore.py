@@ -13,7 +13,8 @@ _HOLDERS = ("_buffers", "_parameters", "_modules")
 
 def snapshot(module: nn.Module) -> dict[str, Any]:
     """Return the attributes of a module, for ``restore``."""
-    return {name: dict(value) if name in _HOLDERS else value for name, value in vars(module).items()}
+    # Code may also keep results in a dict (a cache of attention biases).
+    return {name: value.copy() if type(value) is dict else value for name, value in vars(module).items()}
 
 
 def restore(module: nn.Module, state: dict[str, Any]) -> None:
@@ -27,12 +28,33 @@ def restore(module: nn.Module, state: dict[str, Any]) -> None:
             holder.update(state[name])
 
 
+def depends_on_data(node: fx.Node) -> bool:
+    """Whether the values of an input, a parameter or a module go into a node, not only sizes and devices."""
+    stack, seen = [node], set()
+    while stack:
+        current = stack.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        if current.op in ("placeholder", "get_attr", "call_module"):
+            return True
+        query = current.target is getattr or current.target in ("size", "dim", "numel")
+        stack += [] if query else current.all_input_nodes
+    return False
+
+
 def refuse_assigned_buffers(module: nn.Module) -> None:
     """Refuse a forward that assigned a new tensor to a buffer: a graph only changes buffers in place.
+
+    A cache of what follows from sizes alone is no state: the graph computes it each time.
 
     Raises:
         TraceError: it did.
     """
     for name, value in module._buffers.items():
-        if issubclass(type(value), fx.Proxy) and not is_inplace(value.node):  # type: ignore[union-attr]
+        if not issubclass(type(value), fx.Proxy):
+            continue
+        node = value.node  # type: ignore[union-attr]
+        cached = name in module._non_persistent_buffers_set and not depends_on_data(node)
+        if not cached and not is_inplace(node):
             raise fx.proxy.TraceError(f"{type(module).__name__} assigns a new tensor to its buffer {name}")

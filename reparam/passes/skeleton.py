@@ -42,15 +42,23 @@ def rebuild(module: M, make: Callable[[str, Tensor], Tensor]) -> M:
     # A non-leaf tensor kept as a plain attribute (hook-based weight_norm does) refuses deepcopy.
     for child in module.modules():
         for value in vars(child).values():
-            if isinstance(value, Tensor) and not value.is_leaf and id(value) not in memo:
-                memo[id(value)] = value.detach().clone()
-                originals.append(value)
+            # Also in a list: recurrent modules keep one of all their weights.
+            for item in value if isinstance(value, list) else [value]:
+                if isinstance(item, Tensor) and not item.is_leaf and id(item) not in memo:
+                    memo[id(item)] = item.detach().clone()
+                    originals.append(item)
     return copy.deepcopy(module, memo)
 
 
 def skeleton_of(module: M) -> M:
     """Return a copy of ``module`` whose parameters and buffers are on the meta device."""
-    return rebuild(module, lambda _name, tensor: tensor.to("meta"))
+    skeleton = rebuild(module, lambda _name, tensor: tensor.to("meta"))
+    modes = train_modes(skeleton)
+    # Modules that keep results of their eval mode (attention biases) forget them here: those came from other weights.
+    skeleton.train()
+    for name, child in skeleton.named_modules():
+        child.training = modes[name]
+    return skeleton
 
 
 def train_modes(module: nn.Module) -> dict[str, bool]:

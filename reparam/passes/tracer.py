@@ -15,107 +15,23 @@ import contextlib
 import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from reparam.errors import CaptureError
+from reparam.passes.answers import Answers, name_of
 from reparam.passes.functionalize import chunk, drop_unused, functionalize, refuse_new_weights, setitem
 from reparam.passes.intrinsics import intrinsics
+from reparam.passes.memory import Memory, remember, remembered, shapes_of, signature
 from reparam.passes.meta import Unknown, run_leaf_on_meta, run_on_meta
+from reparam.passes.modes import BranchOnTraining, choose, differences, put, require, require_mode
 from reparam.passes.proxies import HintProxy, iter_nodes, nodes_of, proxies_have_types, source_line
 from reparam.passes.restore import refuse_assigned_buffers, restore, snapshot
 from reparam.passes.skeleton import named_tensors, to_meta
+from reparam.passes.state import function_key
 from reparam.passes.values import plain
-
-
-@dataclass
-class Capture:
-    """A recorded forward pass.
-
-    Args:
-        graph: nodes with ``meta["val"]`` (meta value), ``meta["module"]`` (path) and ``meta["source"]`` (file:line).
-        root: the meta skeleton that the graph's targets refer to.
-        outputs: module path -> the values that calls of it returned (structures of nodes), in call order.
-        leaves: paths of the modules that are leaves, with the reason.
-        train: the forward pass in train mode, where the root's own forward branches on its training flag; this
-            one is then the eval mode's.
-        in_train_mode: whether this is the forward pass in train mode of such a root.
-        eval_only: the root branches on its training flag and only its eval mode can be recorded.
-    """
-
-    graph: fx.Graph
-    root: nn.Module
-    outputs: dict[str, list[Any]] = field(default_factory=dict)
-    leaves: dict[str, str] = field(default_factory=dict)
-    train: Capture | None = None
-    in_train_mode: bool = False
-    eval_only: bool = False
-
-    @property
-    def graphs(self) -> list[fx.Graph]:
-        """The graphs of all modes."""
-        return [self.graph] if self.train is None else [self.graph, self.train.graph]
-
-
-def trace(root: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Capture:
-    """Record ``root`` (a meta skeleton) called with these meta inputs.
-
-    Raises:
-        CaptureError: the forward pass of ``root`` itself cannot be recorded.
-    """
-    tracer = ModelTracer(args, kwargs)
-    try:
-        graph = tracer.trace(root)
-    except Exception as error:
-        return _trace_modes(root, args, kwargs, error)
-    return Capture(graph, root, tracer.outputs, tracer.leaves)
-
-
-def _trace_modes(root: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], error: Exception) -> Capture:
-    """Record a root whose own forward has control flow: once per train mode where that decides, sizes guarded."""
-    captures: list[Capture] = []
-    for mode in (False, True):
-        tracer = ModelTracer(args, kwargs, root_training=mode)
-        try:
-            graph = tracer.trace(root)
-        except Exception as again:
-            if captures:
-                break  # the train mode branch alone cannot be recorded: the teacher says so when it gets there
-            raise CaptureError(_untraceable(root, error)) from again
-        captures.append(Capture(graph, root, tracer.outputs, tracer.leaves, in_train_mode=mode))
-        if not tracer.read_root_mode:
-            return captures[0]
-    if len(captures) == 2:
-        captures[0].train = captures[1]
-        for node in captures[1].graph.nodes:
-            node.meta["key"] = f"train:{node.name}"
-    else:
-        captures[0].eval_only = True
-    return captures[0]
-
-
-def key_of(node: fx.Node) -> str:
-    """Return the name of a node in a plan: unique over the graphs of both train modes."""
-    key: str = node.meta.get("key", node.name)
-    return key
-
-
-def trace_inner(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], training: bool) -> fx.Graph:
-    """Record a leaf module for analysis: one train mode, branches and sizes as for these inputs."""
-    tracer = ModelTracer(args, kwargs, training=training)
-    return tracer.trace(module)
-
-
-def _untraceable(root: nn.Module, error: Exception) -> str:
-    return (
-        f"{type(root).__name__}: the forward pass cannot be recorded as a graph: {type(error).__name__}: {error}. "
-        "Its own forward branches on data or calls code that refuses symbolic values. Move that code into a "
-        "submodule (submodules that cannot be recorded are kept as they are), or expand the submodules one by one"
-    )
-
 
 _TRACERS: list[ModelTracer] = []
 
@@ -128,6 +44,7 @@ def _training_property() -> Iterator[None]:
         return _TRACERS[-1].training_of(module)
 
     def write(module: nn.Module, value: bool) -> None:
+        _TRACERS[-1].refuse_new_mode(module)
         vars(module)["training"] = value
 
     if isinstance(vars(nn.Module).get("training"), property):
@@ -140,15 +57,17 @@ def _training_property() -> Iterator[None]:
         del nn.Module.training
 
 
-class ModelTracer(fx.Tracer):
+class ModelTracer(Answers):
     """See the module's docstring.
 
     Args:
         example_args: positional inputs of the root on the meta device.
         example_kwargs: keyword inputs.
         training: for the analysis of a leaf: the train mode; sizes and branches are then concrete too.
-        root_training: what the root's own training flag is; sizes in its own control flow are then constants too,
-            with a guard.
+        specialised: paths of modules whose own control flow may ask for sizes and train flags: sizes are those of
+            the example, with a guard, and flags are ``mode``.
+        mode: see ``specialised``; ``read_mode`` tells whether it mattered.
+        memory: what earlier recordings found out; added to.
     """
 
     def __init__(
@@ -156,13 +75,18 @@ class ModelTracer(fx.Tracer):
         example_args: Sequence[Any] = (),
         example_kwargs: Mapping[str, Any] | None = None,
         training: bool | None = None,
-        root_training: bool | None = None,
+        specialised: frozenset[str] = frozenset(),
+        mode: bool = False,
+        memory: Memory | None = None,
     ) -> None:
         super().__init__()
         self.proxy_buffer_attributes = True
         self.example_args, self.example_kwargs = example_args, dict(example_kwargs or {})
-        self.fixed_training, self.root_training = training, root_training
-        self.read_root_mode = False
+        self.fixed_training, self.specialised, self.mode = training, specialised, mode
+        self.memory = memory or Memory()
+        self.read_mode = False
+        self.functions: list[str] = []
+        self.flags: dict[str, bool] = {}
         self.outputs: dict[str, list[Any]] = {}
         self.leaves: dict[str, str] = {}
         self.path: list[str] = []
@@ -234,6 +158,18 @@ class ModelTracer(fx.Tracer):
             return self.create_node("call_function", OrderedDict, (self.create_arg(pairs),), {})
         return super().create_arg(a)
 
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> Any:
+        """Record an operator; a Python function that libraries keep from being traced into, where that is asked for."""
+        if kind == "call_function" and isinstance(target, FunctionType) and self.specialised and not self._evaluating:
+            name = function_key(target)
+            if name in self.specialised and name not in self.functions:
+                self.functions.append(name)
+                try:
+                    return target(*args, **kwargs)
+                finally:
+                    self.functions.pop()
+        return super().create_proxy(kind, target, args, kwargs, *rest, **options)
+
     def create_node(
         self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None
     ) -> fx.Node:
@@ -255,15 +191,36 @@ class ModelTracer(fx.Tracer):
         args, kwargs = plain(args), plain(kwargs)
         self._evaluating += 1
         try:
+            if node.target in (require, require_mode):
+                return None  # both modes are recorded, whatever mode the network is in
             if node.op == "get_attr":
                 return to_meta(operator.attrgetter(str(node.target))(self.root))
             if node.op == "call_module":
-                return run_leaf_on_meta(self.root.get_submodule(str(node.target)), args, kwargs)
-            return run_on_meta(node.op, node.target, args, kwargs)
+                return self._run_leaf(self.root.get_submodule(str(node.target)), args, kwargs)
+            return self._run(node, args, kwargs)
         except Exception as error:
             return Unknown(f"{type(error).__name__}: {error}")
         finally:
             self._evaluating -= 1
+
+    def _run(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        shapes = shapes_of((args, kwargs))
+        if shapes is None:
+            return run_on_meta(node.op, node.target, args, kwargs)
+        return self._remembered((node.target, shapes), lambda: run_on_meta(node.op, node.target, args, kwargs), args)
+
+    def _run_leaf(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        key = (signature(module), vars(module).get("training"), shapes_of((args, kwargs)))
+        if key[0] is None or key[2] is None:
+            return run_leaf_on_meta(module, args, kwargs)
+        return self._remembered(key, lambda: run_leaf_on_meta(module, args, kwargs), (args, kwargs))
+
+    def _remembered(self, key: Any, compute: Callable[[], Any], given: Any) -> Any:
+        value = remembered(self.memory, key)
+        if value is None:
+            value = compute()
+            remember(self.memory, key, value, given)
+        return value
 
     # -- modules and attributes ----------------------------------------------------------------------------------
 
@@ -275,10 +232,16 @@ class ModelTracer(fx.Tracer):
         if self._evaluating or self.submodule_paths is None or module not in self.submodule_paths:
             return actual
         path = self.submodule_paths[module]
-        if self.root_training is not None and path == "":
-            self.read_root_mode = True
-            return self.root_training
         return self.create_proxy("get_attr", f"{path}.training" if path else "training", (), {})
+
+    def refuse_new_mode(self, module: nn.Module) -> None:
+        """Refuse code that sets the mode of a module (a frozen norm): no graph does that.
+
+        Raises:
+            TraceError: it does.
+        """
+        if not self._evaluating and self.submodule_paths and module in self.submodule_paths:
+            raise fx.proxy.TraceError(f"{source_line()}: the mode of {self.submodule_paths[module]} is set")
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         """Return a proxy for a parameter or buffer, the value itself for anything else."""
@@ -301,13 +264,11 @@ class ModelTracer(fx.Tracer):
         if self._evaluating or self.submodule_paths is None or m not in self.submodule_paths:
             return forward(*args, **kwargs)
         path = self.submodule_paths[m]
-        mark = next(iter(reversed(self.graph.nodes)), None)
+        mark = self._last_node()
         state = snapshot(m)
         self.path.append(path)
         try:
-            result = forward(*args, **kwargs)
-            self._check_known(mark)
-            refuse_assigned_buffers(m)
+            result = self._recorded(m, lambda: forward(*args, **kwargs), mark, state)
         except Exception as error:
             self._rollback(mark)
             # Code that failed half way may have left symbolic values in the module's attributes.
@@ -321,11 +282,92 @@ class ModelTracer(fx.Tracer):
         self.outputs.setdefault(path, []).append(nodes_of(result))
         return result
 
+    def _recorded(self, m: nn.Module, forward: Callable[[], Any], mark: fx.Node | None, state: dict[str, Any]) -> Any:
+        """Run ``forward``; where it branches on a training flag, in both modes."""
+        try:
+            result = forward()
+            self._check_known(mark)
+            refuse_assigned_buffers(m)
+            return result
+        except BranchOnTraining as branch:
+            if branch.target in self.flags:
+                raise
+            self._rollback(mark)
+            restore(m, state)
+            known = signature(m) or branch.target
+            if known not in self.memory.structural:
+                merged = self._merged(m, branch.target, forward, mark, state)
+                if merged is not None:
+                    return merged[0]
+                self.memory.structural.add(known)
+            if self.path[-1] not in self.specialised:
+                raise fx.proxy.TraceError(f"{branch}, and does other things in train mode") from branch
+            return self._in_one_mode(m, branch.target, forward, mark, state)
+
+    def _merged(
+        self, m: nn.Module, target: str, forward: Callable[[], Any], mark: fx.Node | None, state: dict[str, Any]
+    ) -> tuple[Any] | None:
+        """Record both modes; where they differ in constants only, the flag chooses those. None where in more."""
+        runs: list[tuple[list[fx.Node], Any]] = []
+        first = mark
+        try:
+            for flag in (False, True):
+                restore(m, state)
+                self.flags[target] = flag
+                first = self._last_node()
+                result = self._recorded(m, forward, first, state)
+                runs.append((self._nodes_after(first), result))
+        except Exception:
+            if not runs:
+                raise
+        finally:
+            del self.flags[target]
+        results = tuple(nodes_of(result) for _nodes, result in runs)
+        unlike = differences(runs[0][0], runs[1][0], results) if len(runs) == 2 else None
+        if unlike is None:
+            self._rollback(mark)
+            restore(m, state)
+            return None
+        self._rollback(first)
+        for found in unlike:
+            with self.graph.inserting_before(found.node):
+                flag_node = self.create_node("get_attr", target, (), {})
+                chosen = self.create_node("call_function", choose, (flag_node, found.second, found.first), {})
+            for new in (flag_node, chosen):
+                new.meta.update({key: found.node.meta[key] for key in ("module", "source")})
+            chosen.meta["val"] = found.first  # the values behind it are those of eval mode
+            put(found.node, found.place, chosen)
+        return (runs[0][1],)
+
+    def _in_one_mode(
+        self, m: nn.Module, target: str, forward: Callable[[], Any], mark: fx.Node | None, state: dict[str, Any]
+    ) -> Any:
+        self.read_mode = True
+        flag = self.create_proxy("get_attr", target, (), {})
+        self.create_proxy("call_function", require_mode, (flag, self.mode, target.rpartition(".")[0]), {})
+        self.flags[target] = self.mode
+        try:
+            return self._recorded(m, forward, mark, state)
+        finally:
+            del self.flags[target]
+
+    def _last_node(self) -> fx.Node | None:
+        return next(iter(reversed(self.graph.nodes)), None)
+
+    def _nodes_after(self, mark: fx.Node | None) -> list[fx.Node]:
+        found = []
+        for node in reversed(self.graph.nodes):
+            if node is mark:
+                break
+            found.append(node)
+        return found[::-1]
+
     def _check_known(self, mark: fx.Node | None) -> None:
-        node = next(iter(reversed(self.graph.nodes)), None)
+        node = self._last_node()
         while node is not None and node is not mark and node.op != "root":
             if isinstance(node.meta.get("val"), Unknown):
-                raise fx.proxy.TraceError(f"{node.target}: {node.meta['val'].reason}")
+                source = node.meta.get("source", "")
+                raise fx.proxy.TraceError(f"{source}: {name_of(node)}: {node.meta['val'].reason}")
             node = node.prev
 
     def _rollback(self, mark: fx.Node | None) -> None:
@@ -340,48 +382,6 @@ class ModelTracer(fx.Tracer):
         for path in list(self.outputs):
             calls = self.outputs[path]
             calls[:] = [c for c in calls if not any(n in erased for n in iter_nodes(c))]
-
-    # -- questions that Python code asks -------------------------------------------------------------------------
-
-    def length(self, proxy: fx.Proxy) -> int:
-        """Answer ``len(value)``: of a tuple always, of a tensor only for analysis (it is a batch size)."""
-        value = proxy.node.meta.get("val")
-        if isinstance(value, (tuple, list, dict)):
-            return len(value)
-        return len(self.concrete(proxy))
-
-    def concrete(self, proxy: fx.Proxy) -> Any:
-        """Answer with the example's value where that is allowed."""
-        value = proxy.node.meta.get("val")
-        allowed = self.fixed_training is not None or (self.root_training is not None and not self.path)
-        if not allowed or isinstance(value, (Tensor, Unknown)):
-            name = getattr(proxy.node.target, "__name__", proxy.node.target)
-            raise fx.proxy.TraceError(f"{source_line()}: control flow depends on the value of {name}")
-        if self.fixed_training is None:
-            self._guard(proxy, value)
-        return value
-
-    def _guard(self, proxy: fx.Proxy, value: Any) -> None:
-        message = (
-            f"{source_line()}: the network branches on a size here and was recorded for {value!r}; "
-            "expand it again with an example_input of the size that is used now"
-        )
-        same = self.create_proxy("call_function", operator.eq, (proxy, value), {})
-        self.create_proxy("call_function", torch._assert, (same, message), {})
-
-    def to_bool(self, obj: fx.Proxy) -> bool:
-        """Answer ``if value:``."""
-        return bool(self.concrete(obj))
-
-    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
-        """Iterate over a tuple of known length."""
-        items: Any = obj
-        return iter([items[i] for i in range(self.length(obj))])
-
-    def keys(self, obj: fx.Proxy) -> Any:
-        """Iterate over the keys of a dict."""
-        value = obj.node.meta.get("val")
-        return value.keys() if isinstance(value, dict) else super().keys(obj)
 
 
 def _parameter_names(function: Callable[..., Any]) -> list[str]:

@@ -1,0 +1,81 @@
+"""What the tracer answers to Python code that asks for numbers and truth values of what is symbolic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, fx
+
+from reparam.passes.meta import Unknown
+from reparam.passes.modes import BranchOnTraining, require
+from reparam.passes.proxies import HintProxy, source_line
+
+
+class Answers(fx.Tracer):
+    """The part of a tracer that answers questions; ``ModelTracer`` says what its attributes mean."""
+
+    fixed_training: bool | None
+    specialised: frozenset[str]
+    functions: list[str]
+    path: list[str]
+    flags: dict[str, bool]
+    mode: bool
+    read_mode: bool
+
+    def length(self, proxy: fx.Proxy) -> int:
+        """Answer ``len(value)``: of a tuple always, of a tensor only for analysis (it is a batch size)."""
+        value = proxy.node.meta.get("val")
+        if isinstance(value, (tuple, list, dict)):
+            return len(value)
+        return len(self.concrete(proxy))
+
+    def concrete(self, proxy: fx.Proxy) -> Any:
+        """Answer with the example's value where that is allowed."""
+        value = proxy.node.meta.get("val")
+        allowed = self.fixed_training is not None or bool(self.functions)
+        allowed = allowed or (self.path[-1] if self.path else "") in self.specialised
+        if not allowed or isinstance(value, (Tensor, Unknown)):
+            raise fx.proxy.TraceError(f"{source_line()}: control flow depends on the value of {name_of(proxy.node)}")
+        if self.fixed_training is None:
+            self._guard(proxy, value)
+        return value
+
+    def _guard(self, proxy: fx.Proxy, value: Any) -> None:
+        message = (
+            f"{source_line()}: the network branches on a size here and was recorded for {value!r}; "
+            "expand it again with an example_input of the size that is used now"
+        )
+        guard = self.create_proxy("call_function", require, (proxy, value, message), {})
+        guard.node.meta["specialised"] = self.functions[-1] if self.functions else self.path[-1] if self.path else ""
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """Answer ``if value:``."""
+        target = str(obj.node.target)
+        if obj.node.op == "get_attr" and target.rpartition(".")[2] == "training" and isinstance(obj, HintProxy):
+            return self._flag(target)
+        return bool(self.concrete(obj))
+
+    def _flag(self, target: str) -> bool:
+        """Answer a branch on a training flag."""
+        if target in self.flags:
+            return self.flags[target]
+        if not self.path and "" in self.specialised:
+            self.read_mode = True
+            return self.mode
+        raise BranchOnTraining(target, f"{source_line()}: control flow depends on {target}")
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        """Iterate over a tuple of known length."""
+        items: Any = obj
+        return iter([items[i] for i in range(self.length(obj))])
+
+    def keys(self, obj: fx.Proxy) -> Any:
+        """Iterate over the keys of a dict."""
+        value = obj.node.meta.get("val")
+        return value.keys() if isinstance(value, dict) else super().keys(obj)
+
+
+def name_of(node: fx.Node) -> str:
+    """Return the name of what a node calls."""
+    return str(getattr(node.target, "__name__", node.target))

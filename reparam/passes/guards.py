@@ -1,0 +1,66 @@
+"""Guards of a recorded graph: what it was recorded for, and whether that leaves the batch free."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from reparam.passes.capture import Capture
+from reparam.passes.example import Inputs, batch_of
+from reparam.passes.meta import Unknown, run_leaf_on_meta, run_on_meta
+from reparam.passes.modes import require
+from reparam.passes.skeleton import to_meta
+
+
+def broken_guards(capture: Capture, inputs: Inputs) -> set[str]:
+    """Return the specialised modules and functions whose guards fail for one sample more.
+
+    A recording that holds for one batch size only would be of no use.
+    """
+    batch = batch_of(inputs)
+    if batch is None:
+        return set()
+    args, kwargs = pytree.tree_map(
+        lambda v: v.new_empty((batch + 1, *v.shape[1:])) if isinstance(v, Tensor) else v, inputs
+    )
+    values = [v for v in (*args, *kwargs.values()) if any(isinstance(x, Tensor) for x in pytree.tree_leaves(v))]
+    broken: set[str] = set()
+    for mode in capture.modes:
+        guards = [node for node in mode.graph.nodes if node.target is require]
+        needed = _behind(guards)
+        feeds = iter(values)
+        env: dict[fx.Node, Any] = {}
+        for node in mode.graph.nodes:
+            if node.op == "placeholder":
+                env[node] = next(feeds)
+            elif node in needed:
+                env[node] = _run(mode, node, env)
+            elif node in guards and env.get(node.args[0]) != node.args[1]:
+                broken.add(node.meta["specialised"])
+    return broken
+
+
+def _behind(guards: list[fx.Node]) -> set[fx.Node]:
+    """Everything that the guards are computed from."""
+    found: set[fx.Node] = set()
+    stack = [n for guard in guards for n in guard.all_input_nodes]
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack += node.all_input_nodes
+    return found
+
+
+def _run(capture: Capture, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])
+    try:
+        if node.op == "get_attr":
+            return node.meta["val"]
+        if node.op == "call_module":
+            return run_leaf_on_meta(capture.root.get_submodule(str(node.target)), args, kwargs)
+        return pytree.tree_map(to_meta, run_on_meta(node.op, node.target, args, kwargs))
+    except Exception as error:
+        return Unknown(str(error))
