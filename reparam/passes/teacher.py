@@ -9,10 +9,11 @@ from typing import Any
 from torch import fx, nn
 
 from reparam.errors import InputError
+from reparam.passes.parts import HOST, host_of
 from reparam.passes.plan import Plan
 from reparam.passes.program import Program
 
-_NOT_COPIED = ("_graph", "_views", "_skeleton", "_programs", "meta", "_code")
+_NOT_COPIED = ("_graph", "_views", "_skeleton", "_programs", "meta", "_code", HOST)
 _METHODS = ("no_weight_decay", "no_weight_decay_keywords", "group_matcher")
 
 
@@ -45,7 +46,21 @@ class Teacher(fx.GraphModule):
         self._programs = tuple(programs)
         # In a tuple as well: the view's parameters are this module's, it must be no submodule either.
         self._views: tuple[Any, ...] = ()
+        self._adopt_host()
         self.graph = self._programs[0].graph
+
+    def _adopt_host(self) -> None:
+        """Where the student's own forward has no graph, its Python code runs on the teacher's modules."""
+        if any(node.target == HOST for node in self._programs[0].graph.nodes):
+            # Past nn.Module, which would register it: its modules are this module's own.
+            self.__dict__[HOST] = host_of(self.skeleton, self)
+
+    def train(self, mode: bool = True) -> Teacher:
+        """Set the train mode."""
+        super().train(mode)
+        if HOST in self.__dict__:
+            self.__dict__[HOST].training = mode
+        return self
 
     def recompile(self) -> Any:
         """Generate the forward again; it follows the train mode where there are two programs."""
@@ -57,6 +72,9 @@ class Teacher(fx.GraphModule):
                 return (in_train if module.training else in_eval)(module, *args, **kwargs)
 
             type(self).forward = forward
+        if HOST in self.__dict__:
+            # Python code takes what it always took, also inputs that the example left out (detection targets).
+            type(self).forward = lambda module, *args, **kwargs: module.__dict__[HOST](*args, **kwargs)
         return code
 
     @property

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from reparam.ops.steps import Step
+from reparam.ops.steps import STEPS, Step
+from reparam.passes.capture import Capture, key_of
+from reparam.passes.parts import HOST, bind, relative
 from reparam.passes.plan import STATISTICS, EditPlan, Plan
 from reparam.passes.program import Program
 from reparam.passes.skeleton import canonical_names, module_and_attribute, rebuild
 from reparam.passes.teacher import Teacher, statistics_tree
-from reparam.passes.tracer import Capture, key_of
-
-STEPS = "reparam_steps"
+from reparam.passes.torch_recurrent import compact
 
 
 def build_teacher(model: nn.Module, capture: Capture, plan: Plan, noise: float) -> Teacher:
@@ -33,14 +33,16 @@ def build_teacher(model: nn.Module, capture: Capture, plan: Plan, noise: float) 
         holder, name = module_and_attribute(root, path)
         setattr(holder, name, value)
     describe_widths(root)
-    for name, value in vars(capture.root).items():
-        if name.startswith("_tensor_constant"):
-            root.register_buffer(name, value, persistent=False)
+    compact(root)
+    for path in ("", *capture.parts):
+        for name, value in vars(capture.root.get_submodule(path)).items():
+            if name.startswith("_tensor_constant"):
+                root.get_submodule(path).register_buffer(name, value, persistent=False)
     if plan.statistics:
         root.add_module(STATISTICS, statistics_tree(model, plan.statistics))
     steps: dict[str, nn.Module] = {}
     programs = []
-    for part in [capture] if capture.train is None else [capture, capture.train]:
+    for part in capture.modes:
         graph, nodes = rewrite(part.graph, plan.edits, steps)
         programs.append(Program(graph, {path: _renamed(calls, nodes) for path, calls in part.outputs.items()}))
     if steps:
@@ -49,7 +51,21 @@ def build_teacher(model: nn.Module, capture: Capture, plan: Plan, noise: float) 
             holder.add_module(name, module.to(_device(model)))
         holder.train(model.training)
         root.add_module(STEPS, holder)
+    for path, (part_programs, part_steps) in programs_of_parts(capture, plan).items():
+        module = root.get_submodule(path)
+        moved = {name: step.to(_device(model)).train(module.training) for name, step in part_steps.items()}
+        bind(module, part_programs, moved)
     return Teacher(root, programs, plan, capture.root)
+
+
+def programs_of_parts(capture: Capture, plan: Plan) -> dict[str, tuple[list[Program], dict[str, nn.Module]]]:
+    """Return the rewritten programs of all parts, one per train mode that differs, and their steps; by path."""
+    result = {}
+    for path, part in capture.parts.items():
+        steps: dict[str, nn.Module] = {}
+        graphs = [rewrite(mode.graph, plan.edits, steps)[0] for mode in part.modes]
+        result[path] = ([Program(relative(graph, path)) for graph in graphs], steps)
+    return result
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -109,7 +125,8 @@ def rewrite(
             env[node] = new.output(_final(holder["args"])[0])
             break
         args, kwargs = _final(holder["args"]), _final(holder["kwargs"])
-        copied = new.create_node(node.op, node.target, args, kwargs, node.name, node.type)
+        target = HOST if node.op == "call_module" and not node.target else node.target
+        copied = new.create_node(node.op, target, args, kwargs, node.name, node.type)
         copied.meta.update({k: v for k, v in node.meta.items() if k in ("module", "source")})
         env[node] = insert(copied, edit.out)
         known[env[node]] = node.meta.get("val")
