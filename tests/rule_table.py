@@ -31,12 +31,14 @@ from timm.layers import (
     StdConv2d,
 )
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 BATCH = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 INSTANCE = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
 C = 8
 OLD_STYLE = (pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),)
+PROJECTED = (pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),)
 EVEN_SAME = (pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths"),)
 
 # -- convolutions ------------------------------------------------------------------------------------------------------
@@ -107,7 +109,7 @@ FUNCTIONAL_ROWS = [
     tokens("linear-3d", lambda x, m: m.f(x), f=lambda: nn.Linear(C, 6)),
     op("linear-2d", lambda x, m: m.f(x), dims=0, tail="linear", shape=(3,), f=lambda: nn.Linear(C, 6)),
     op("linear-4d", lambda x, m: m.f(x), dims=0, tail="linear", shape=(4, 5, 3), f=lambda: nn.Linear(C, 6, bias=False)),
-    op("linear-on-space", lambda x, m: m.f(x), "slides over", dims=2, fixed=True, f=lambda: nn.Linear(8, 5)),
+    op("linear-on-space", lambda x, m: m.f(x), dims=2, fixed=True, f=lambda: nn.Linear(8, 5)),
     op("bilinear", lambda x, m: m.f(x, x), "bilinear", dims=0, tail="linear", shape=(3,),
        f=lambda: nn.Bilinear(C, C, 6)),
     around("channels-last-conv", lambda: nn.Sequential(nn.Conv2d(C, C, 1)).to(memory_format=torch.channels_last)),
@@ -191,10 +193,10 @@ UNARY = """
 
 POINTWISE_ROWS = [
     *[around(f"act-{k}-{a}".replace(" ", ""), lambda a=a: copy.deepcopy(a)) for k, a in enumerate(ACTIVATIONS)],
-    around("softmax-channels", lambda: nn.Softmax(1), "would change"),
+    around("softmax-channels", lambda: nn.Softmax(1)),
     around("log_softmax-channels", lambda: nn.LogSoftmax(dim=1), "would change"),
-    around("softmax2d", lambda: nn.Softmax2d(), "would change"),
-    tokens("softmax-last", lambda x, m: x.softmax(-1), "would change"),
+    around("softmax2d", lambda: nn.Softmax2d()),
+    tokens("softmax-last", lambda x, m: x.softmax(-1)),
     tokens("softmax-tokens", lambda x, m: torch.softmax(x, 1)),
     tokens("F.log_softmax-tokens", lambda x, m: F.log_softmax(x, dim=-2)),
     tokens("F.softmin", lambda x, m: F.softmin(x, dim=1)),
@@ -313,7 +315,7 @@ MOVEMENT_ROWS = [
     op("shuffle-by-hand-constants", lambda x, m: _shuffle_constants(x, 4)),
     op("pixel-shuffle-by-hand",
        lambda x, m: x.view(x.shape[0], -1, 2, 2, *x.shape[2:]).permute(0, 1, 4, 2, 5, 3).reshape(
-           x.shape[0], -1, x.shape[2] * 2, x.shape[3] * 2), "slides over", width=16),
+           x.shape[0], -1, x.shape[2] * 2, x.shape[3] * 2), width=16),
     op("flatten", lambda x, m: torch.flatten(x, 1), tail="linear", fixed=True),
     op("flatten-module", lambda x, m: m.f(x), tail="linear", fixed=True, f=nn.Flatten),
     op("flatten-space", lambda x, m: x.flatten(2).transpose(1, 2), tail="linear"),
@@ -340,7 +342,7 @@ MOVEMENT_ROWS = [
     op("permute-dims", lambda x, m: x.permute(dims=(0, 3, 2, 1)).permute(0, 3, -2, 1)),
     op("transpose", lambda x, m: x.transpose(1, -1), tail="linear"),
     op("transpose-keywords", lambda x, m: torch.transpose(x, dim0=1, dim1=3), tail="linear"),
-    op("swapaxes", lambda x, m: x.swapaxes(1, 3).swapdims(2, 1), "slides over", fixed=True),
+    op("swapaxes", lambda x, m: x.swapaxes(1, 3).swapdims(2, 1).swapdims(1, 2).swapaxes(3, 1)),
     op("T", lambda x, m: x.mean((2, 3)).T.t(), tail="linear"),
     op("mT", lambda x, m: x.mT),
     op("H-movedim", lambda x, m: x.movedim(1, -1), tail="linear"),
@@ -503,7 +505,7 @@ BROADCAST_ROWS = [
     tokens("position-embedding", lambda x, m: x + m.p[:, : x.shape[1]], p=(1, 9, C)),
     op("constant-tensor", lambda x, m: x * torch.arange(1.0, C + 1, dtype=torch.float64).view(1, C, 1, 1)),
     op("scale-by-width", lambda x, m: x * x.shape[1] ** -0.5 + x / math.sqrt(x.shape[1]) + x.size(1)),
-    op("scale-by-float-width", lambda x, m: x / float(x.shape[1]) + x * (1.0 / x.shape[1]), "rearranged"),
+    op("scale-by-float-width", lambda x, m: x / float(x.shape[1]) + x * (1.0 / x.shape[1])),
     op("sum-over-width", lambda x, m: x - x.sum(1, keepdim=True) / x.shape[1]),
     op("logaddexp", lambda x, m: torch.logaddexp(x, m.a) + torch.hypot(x, m.a) + torch.atan2(x, m.a), a=(C, 1, 1)),
 ]  # fmt: skip
@@ -596,7 +598,7 @@ PRODUCT_ROWS = [
        w=(C, 6), b=(6,)),
     tokens("baddbmm", lambda x, m: torch.baddbmm(x, x @ x.transpose(1, 2), x)),
     tokens("attention", _attention, f=lambda: nn.Linear(C, 24)),
-    op("channel-attention", lambda x, m: ((f := x.flatten(2)) @ f.transpose(1, 2)).softmax(-1) @ f, "would change",
+    op("channel-attention", lambda x, m: ((f := x.flatten(2)) @ f.transpose(1, 2)).softmax(-1) @ f,
        tail="conv"),
     tokens("einsum", lambda x, m: torch.einsum("bnc,bmc->bnm", x, x) @ x),
     tokens("einsum-parameter", lambda x, m: torch.einsum("bnc,cd->bnd", x, m.w), w=(C, 6)),
@@ -730,12 +732,13 @@ class Passing(nn.Module):
 
 
 class Embedded(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, table: nn.Module | None = None) -> None:
         super().__init__()
-        self.table, self.tail = nn.Embedding(5, C), nn.Linear(C, 4)
+        self.table, self.tail = table or nn.Embedding(5, C), nn.Linear(C, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.tail(self.table(x).mean(1))
+        x = self.table(x)
+        return self.tail(x.mean(1) if x.dim() == 3 else x)
 
 
 class Double(torch.autograd.Function):
@@ -805,7 +808,38 @@ WHOLE_ROWS = [
     op("kron", lambda x, m: torch.kron(x, torch.ones(1, 1, 2, 2, dtype=x.dtype)), "no rule"),
 ]  # fmt: skip
 
+# -- torch's attention and recurrent modules (see test_torch_modules for their options) --------------------------------
+
+
+def _packed(x: Tensor, m: Any) -> Tensor:
+    lengths = x.new_full((x.shape[0],), 4).long()
+    packed = pack_padded_sequence(x, lengths, batch_first=True)
+    return pad_packed_sequence(m.f(packed)[0], batch_first=True)[0]
+
+
+MODULE_ROWS = [
+    tokens("multihead", lambda x, m: m.f(x, x, x)[0], f=lambda: nn.MultiheadAttention(C, 2, batch_first=True)),
+    tokens("multihead-sequence-first", lambda x, m: m.f(x, x, x)[0], f=lambda: nn.MultiheadAttention(C, 4)),
+    tokens("multihead-cross", lambda x, m: m.f(x[:, :2], x, x, need_weights=False)[0],
+           f=lambda: nn.MultiheadAttention(C, 2, batch_first=True, add_bias_kv=True)),
+    tokens("multihead-three", lambda x, m: m.f(x, x.tanh(), x.relu())[0],
+           f=lambda: nn.MultiheadAttention(C, 2, batch_first=True)),
+    tokens("multihead-three-weights", lambda x, m: m.f(x, x[..., :3], x[..., 2:])[0],
+           f=lambda: nn.MultiheadAttention(C, 2, batch_first=True, kdim=3, vdim=6)),
+    tokens("lstm", lambda x, m: m.f(x)[0], f=lambda: nn.LSTM(C, 6, 2, batch_first=True, bidirectional=True)),
+    tokens("lstm-projected-states", lambda x, m: m.f(x, (m.h, m.c))[0],
+           f=lambda: nn.LSTM(C, 6, proj_size=3), h=(1, 6, 3), c=(1, 6, 6), marks=PROJECTED),
+    tokens("gru", lambda x, m: m.f(x)[0], f=lambda: nn.GRU(C, 6, 2, batch_first=True, bias=False)),
+    tokens("rnn", lambda x, m: m.f(x)[0], f=lambda: nn.RNN(C, 6, nonlinearity="relu")),
+    tokens("gru-packed", _packed, f=lambda: nn.GRU(C, 6, batch_first=True)),
+    op("lstm_cell", lambda x, m: m.f(x)[0], dims=0, tail="linear", shape=(3,), f=lambda: nn.LSTMCell(C, 6)),
+    op("gru_cell", lambda x, m: m.f(x, m.f(x)), dims=0, tail="linear", shape=(3,), f=lambda: nn.GRUCell(C, 6)),
+    op("rnn_cell", lambda x, m: m.f(x, m.g(x)), dims=0, tail="linear", shape=(3,), f=lambda: nn.RNNCell(C, 6),
+       g=lambda: nn.Linear(C, 6)),
+    whole("embedding-bag", lambda: Embedded(nn.EmbeddingBag(5, C)), ((7,),), ((4,),), expect="wide", kind="int"),
+]  # fmt: skip
+
 ROWS: list[Row] = [
     *CONV_ROWS, *FUNCTIONAL_ROWS, *NORM_ROWS, *POINTWISE_ROWS, *SPATIAL_ROWS, *MOVEMENT_ROWS, *BROADCAST_ROWS,
-    *REDUCTION_ROWS, *PRODUCT_ROWS, *WEIGHT_ROWS, *WHOLE_ROWS,
+    *REDUCTION_ROWS, *PRODUCT_ROWS, *WEIGHT_ROWS, *WHOLE_ROWS, *MODULE_ROWS,
 ]  # fmt: skip

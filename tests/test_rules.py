@@ -11,8 +11,9 @@ from rule_table import ROWS
 from torch import Tensor, nn
 
 import reparam
-from reparam.passes.expand import capture_model, make_plan, verify_plan
+from reparam.passes.expand import verify_plan
 from reparam.passes.plan import Plan
+from reparam.passes.search import prepare
 from reparam.passes.widen import build_teacher
 
 EXACT = 1e-12
@@ -29,8 +30,7 @@ def inputs_of(row: Row, which: int, batch: int) -> tuple[Tensor, ...]:
 
 def grow(model: nn.Module, ratio: int, example: Any) -> tuple[nn.Module, Plan, float]:
     """What ``expand`` does, with the largest error of a node."""
-    capture, inputs = capture_model(model, example)
-    made = make_plan(model, capture, inputs, ratio, {})
+    capture, inputs, made = prepare(model, ratio, example)
     torch.manual_seed(0)
     error = verify_plan(model, capture, made, inputs, None)
     return build_teacher(model, capture, made, 0.25), made, error

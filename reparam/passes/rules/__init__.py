@@ -1,21 +1,25 @@
 """Operator rules, one file per family. Importing this package registers all of them."""
 
 from reparam.passes.rules import (
+    attention,
     broadcast,
     creation,
+    embedding,
     indexing,
     linear,
     matmul,
     movement,
     norm,
     pointwise,
+    projection,
     query,
+    recurrent,
     reduction,
     shapes,
     spatial,
 )
 
 __all__ = [
-    "broadcast", "creation", "indexing", "linear", "matmul", "movement", "norm", "pointwise", "query", "reduction",
-    "shapes", "spatial",
+    "attention", "broadcast", "creation", "embedding", "indexing", "linear", "matmul", "movement", "norm", "pointwise",
+    "projection", "query", "recurrent", "reduction", "shapes", "spatial",
 ]  # fmt: skip

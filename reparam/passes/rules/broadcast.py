@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from reparam.ops.maps import Maps, ReplicaMap
-from reparam.passes.call import At, Call
+from reparam.passes.call import At, Call, Name
 from reparam.passes.registry import rule
+from reparam.passes.streams import meet
 from reparam.passes.values import Free, Int, Pair, Refuse, Value, student, walk
 
 _NAMES = """
@@ -82,9 +84,9 @@ def agree(call: Call, places: list[At]) -> Maps:
     rank = max(student(call.get(place)).dim() for place in places)
     chosen: Maps = {}
     for dim in range(rank):
-        choice = _choose(call, places, dim - rank)
+        choice = common_map(call, places, dim - rank)
         if choice is not None:
-            chosen[dim] = choice
+            chosen[dim] = meet(call, places, dim - rank, choice)
     for place in places:
         value = student(call.get(place))
         own: Maps = {}
@@ -109,7 +111,7 @@ def _size(value: Any, axis: int) -> int:
     return int(value.shape[axis]) if value.dim() >= -axis else 1
 
 
-def _choose(call: Call, places: list[At], axis: int) -> ReplicaMap | None:
+def common_map(call: Call, places: Sequence[Name], axis: int) -> ReplicaMap | None:
     """The map of one result dimension (negative ``axis``): the widest among those that do not broadcast there."""
     size = max(_size(student(call.get(place)), axis) for place in places)
     found: list[ReplicaMap] = []

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from reparam.ops.maps import ReplicaMap
-from reparam.passes.call import Call
-from reparam.passes.records import note_attribute, record_layer
+from reparam.passes.call import Call, Name
+from reparam.passes.records import note_attribute, record_layer, weight_name
 from reparam.passes.registry import rule
+from reparam.passes.streams import follows, produced, ratio_of
 from reparam.passes.values import Pair, Refuse, Value, student
 
 
@@ -36,19 +37,43 @@ def _mixes_transposed(node: fx.Node) -> bool:
     return not (isinstance(weight, Tensor) and isinstance(groups, int) and groups > 1 and weight.shape[0] == groups)
 
 
-def output_map(call: Call, size: int, groups: int = 1) -> ReplicaMap:
-    """Return the free choice of phi_o: narrow where only the network's output follows, else the default layout."""
+def output_map(call: Call, size: int, weight: Name = "weight") -> ReplicaMap:
+    """Return the free choice of phi_o: narrow where only the network's output follows, else the default layout.
+
+    Args:
+        call: the call.
+        size: the student's number of outputs.
+        weight: which argument is the weight: its layer's ratio is asked for.
+    """
+    ratio = ratio_of(call, weight)
     if call.ends:
         return ReplicaMap.identity(size)
-    return ReplicaMap.repeat(size, call.planner.ratio)
+    name = weight_name(call.planner, call.source(weight)) if call.planner.layouts else None
+    layout = call.planner.layouts.get(name or "")
+    fits = layout is not None and (layout.size, layout.uniform) == (size, ratio)
+    return layout if layout is not None and fits else ReplicaMap.repeat(size, ratio)
 
 
 def _channel_dim(call: Call, spatial: int) -> int:
-    """The channel dimension of a batched or unbatched input; contracts every other mapped dimension."""
+    """The channel dimension of a batched or unbatched input; contracts other mapped dimensions that it slides over."""
     x = call.pair("input")
     channel = x.ndim - spatial - 1
-    call.narrow("input", [d for d in x.maps if d != channel], "replicas along the dimensions that it slides over")
+    kernel = student(call.get("weight")).shape[2:]
+    apart = {channel + 1 + k for k, size in enumerate(kernel) if size == 1 and _one_by_one(call, k)}
+    slides = [d for d in x.maps if d > channel and d not in apart]
+    call.narrow("input", slides, "replicas along the dimensions that it slides over")
     return channel
+
+
+def _one_by_one(call: Call, k: int) -> bool:
+    """Whether a kernel of size 1 acts on each place of spatial dimension k by itself."""
+    for name, plain in (("stride", 1), ("padding", 0), ("output_padding", 0)):
+        value = student(call.get(name))
+        if isinstance(value, (tuple, list)):
+            value = value[k if len(value) > 1 else 0]
+        if value not in (None, plain, "valid", "same"):
+            return False
+    return True
 
 
 @rule(torch.conv1d, torch.conv2d, torch.conv3d, F.conv1d, F.conv2d, F.conv3d, mixing=_mixes_conv)
@@ -134,7 +159,7 @@ def _dense(
     """The linear law for a weight whose dimensions are those of one group where that is how torch stores it."""
     x = call.pair("input")
     phi_in = x.maps.get(channel)
-    phi_out = output_map(call, outputs, groups)
+    phi_out = output_map(call, outputs)
     transposed = out_dim == 1
     # conv stores [O, I / groups], transposed conv [I, O / groups].
     weight_in = phi_in if transposed else inner
@@ -142,7 +167,7 @@ def _dense(
     wanted = {d: m for d, m in ((in_dim, weight_in), (out_dim, weight_out)) if m is not None}
     weight = call.weight("weight", wanted, out_dim, in_dim)
     _follow_weight(call, weight, channel, groups, in_dim, transposed)
-    phi_out = _ungrouped(weight.maps.get(out_dim), groups if transposed else 1, outputs)
+    phi_out = produced(call, "weight", _ungrouped(weight.maps.get(out_dim), groups if transposed else 1, outputs))
     _bias(call, phi_out)
     value = call.result(lambda s, _t: {channel: phi_out, **{d: m for d, m in _others(call, channel).items()}})
     _record(call, weight, channel, out_dim, in_dim)
@@ -184,6 +209,7 @@ def _depthwise(call: Call, channel: int, groups: int, multiplier: int, weight_di
     phi = x.maps.get(channel)
     weight_is_per_input = student(call.get("weight")).shape[0] == groups
     phi_weight = None if phi is None else phi if weight_is_per_input else phi.outputs(multiplier)
+    follows(call, "weight", phi)
     weight = call.match("weight", {} if phi_weight is None else {weight_dim: phi_weight})
     phi_out = ReplicaMap.identity(groups * multiplier) if phi is None else phi.outputs(multiplier)
     _bias(call, phi_out)
@@ -192,7 +218,7 @@ def _depthwise(call: Call, channel: int, groups: int, multiplier: int, weight_di
     else:
         call.resize("groups", len(phi))
         note_attribute(call.planner, _argument(call.node, 1, "weight", None), "groups", len(phi))
-    value = call.result({channel: phi_out})
+    value = call.result({channel: phi_out, **_others(call, channel)})
     _record(call, weight, channel, weight_dim, weight_dim)
     return value
 

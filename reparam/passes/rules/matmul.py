@@ -14,6 +14,7 @@ from reparam.passes.call import At, Call, counts_scale
 from reparam.passes.records import record_layer
 from reparam.passes.registry import rule
 from reparam.passes.rules.linear import output_map
+from reparam.passes.streams import produced
 from reparam.passes.values import Free, Pair, Refuse, Value, student
 
 
@@ -92,10 +93,12 @@ def _with_weight(
     term = letters[places.index(place)]
     value = student(call.get(place))
     wanted = {k: m for k, c in enumerate(term) if (m := chosen[c]) is not None}
-    wanted[out_dim] = output_map(call, value.shape[out_dim])
+    wanted[out_dim] = output_map(call, value.shape[out_dim], place)
     weight = call.weight(place, wanted, out_dim, in_dim)
     for k, letter in enumerate(term):
         chosen[letter] = weight.maps.get(k)
+        if k == out_dim and k in weight.maps:
+            chosen[letter] = produced(call, place, weight.maps[k])
     for other, other_term in zip(places, letters, strict=True):
         if other is not place:
             call.match(

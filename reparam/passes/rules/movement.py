@@ -19,6 +19,7 @@ from torch import Tensor
 from reparam.ops.maps import Maps, ReplicaMap, clean
 from reparam.passes.call import At, Call, Name
 from reparam.passes.registry import rule
+from reparam.passes.streams import meet
 from reparam.passes.values import Free, Int, Pair, Refuse, Value, student, teacher, transform, walk
 
 
@@ -216,13 +217,11 @@ def cat(call: Call, tensors: Value, dim: Value = 0, *, axis: Value = None) -> Va
     places: list[Name] = [("tensors", k) for k in range(len(tensors))]
     rank = max(student(v).dim() for v in tensors)
     along = (dim if axis is None else axis) % rank
-    _agree_all(call, places, [d for d in range(rank) if d != along])
+    _agree_all(call, places, [d for d in range(rank) if d != along], rank)
     pairs = [call.pair(place) for place in places]
     maps = {d: m for d, m in pairs[0].maps.items() if d != along}
     parts = [p.maps.get(along) or ReplicaMap.identity(p.s.shape[along]) for p in pairs if p.ndim == rank]
-    starts = np.cumsum([0, *(p.size for p in parts)])
-    index = np.concatenate([p.index + start for p, start in zip(parts, starts, strict=False)])
-    return call.result({**maps, along: ReplicaMap(index, int(starts[-1]))})
+    return call.result({**maps, along: ReplicaMap.joined(parts)})
 
 
 @rule(torch.stack)
@@ -230,16 +229,16 @@ def stack(call: Call, tensors: Value, dim: Value = 0) -> Value:
     """Stacking: all maps must agree."""
     places: list[Name] = [("tensors", k) for k in range(len(tensors))]
     rank = student(tensors[0]).dim()
-    _agree_all(call, places, list(range(rank)))
+    _agree_all(call, places, list(range(rank)), rank)
     at = dim % (rank + 1)
     return call.result({d + (d >= at): m for d, m in call.pair(places[0]).maps.items()})
 
 
-def _agree_all(call: Call, places: list[Name], dims: list[int]) -> None:
-    """Bring all tensors to the widest map that one of them has, in these dimensions."""
+def _agree_all(call: Call, places: list[Name], dims: list[int], rank: int) -> None:
+    """Bring all tensors of a rank to the widest map that one of them has, in these dimensions."""
     for d in dims:
         found = [v.maps[d] for p in places if isinstance(v := call.get(p), Pair) and d in v.maps]
-        target = max(found, key=len) if found else None
+        target = meet(call, places, d - rank, max(found, key=len)) if found else None
         for place in places:
             if isinstance(call.get(place), Pair) and student(call.get(place)).dim() > d:
                 call.align(place, d, target)

@@ -10,6 +10,7 @@ from collections import OrderedDict
 import torch
 
 from reparam.passes.call import Call
+from reparam.passes.modes import require
 from reparam.passes.registry import rule
 from reparam.passes.rules.broadcast import narrow_numbers
 from reparam.passes.values import Free, Pair, Refuse, Value, join
@@ -80,4 +81,11 @@ def assertion(call: Call, condition: Value, message: Value = "") -> Value:
     """Asserts on sizes hold in the student; on mapped sizes they compare student values."""
     if isinstance(condition, (Pair, Free)):
         raise Refuse("an assertion about a tensor")
+    return None
+
+
+@rule(require)
+def required(call: Call, value: Value, expected: Value, message: Value) -> Value:
+    """A guard is about the student's sizes."""
+    call.narrow_int("value")
     return None

@@ -105,7 +105,7 @@ def argmax(call: Call, input: Value, dim: Value = None, keepdim: Value = False) 
 
 
 @rule(
-    torch.softmax, F.softmax, "softmax", torch.log_softmax, F.log_softmax, "log_softmax", F.softmin,
+    torch.log_softmax, F.log_softmax, "log_softmax", F.softmin,
     torch.cumsum, "cumsum", torch.cumprod, "cumprod", torch.logcumsumexp, "logcumsumexp", torch.diff, "diff",
 )  # fmt: skip
 def along(call: Call, input: Value, dim: Value = None, *args: Value, **kwargs: Value) -> Value:

@@ -15,6 +15,7 @@ from reparam.ops.maps import Maps
 from reparam.passes.call import At, Call
 from reparam.passes.registry import rule
 from reparam.passes.rules.movement import find_maps
+from reparam.passes.splits import split_layout
 from reparam.passes.values import Free, Pair, Refuse, Value, is_wide, student, walk
 
 
@@ -110,12 +111,42 @@ def reshape(call: Call, input: Value, *sizes: Value, **kwargs: Value) -> Value:
     x = call.narrow("input", [d for d, m in call.pair("input").maps.items() if m.size == 1])
     if not any(is_wide(leaf) for _p, leaf in walk([call.args, call.kwargs])):
         return call.result()
+    chosen = _by_choice(call, x)
+    if chosen is not None:
+        return chosen
     try:
         return _reshaped(call, x)
     except Refuse as refusal:
         if str(getattr(call.node.target, "__name__", call.node.target)) == "flatten":
             raise
         return _with_sizes(call, x, sizes, kwargs, refusal)
+
+
+def _by_choice(call: Call, x: Pair) -> Value | None:
+    """Give the replicas of dimensions that are split to the parts that were chosen; None where nothing was chosen."""
+    shape = list(call.s.shape)
+    wide, chosen = list(shape), False
+    for ins, outs in _segments(list(x.s.shape), shape):
+        mapped = [d for d in ins if d in x.maps]
+        if len(mapped) != 1 or any(x.s.shape[d] != 1 for d in ins if d != mapped[0]):
+            for d in mapped:
+                if len(ins) != 1 or len(outs) != 1:
+                    return None
+                wide[outs[0]] = len(x.maps[d])
+            continue
+        found = split_layout(call, x, mapped[0], [shape[d] for d in outs])
+        if found is None:
+            part = max(range(len(outs)), key=lambda k: (shape[outs[k]] > 1, k))
+            wide[outs[part]] = shape[outs[part]] * len(x.maps[mapped[0]]) // x.s.shape[mapped[0]]
+            continue
+        layout, part = found
+        call.align("input", mapped[0], layout)
+        wide[outs[part]], chosen = shape[outs[part]] * (layout.uniform or 1), True
+    if not chosen:
+        return None
+    if str(getattr(call.node.target, "__name__", call.node.target)) != "flatten":
+        _write_sizes(call, shape, wide)
+    return _reshaped(call, call.pair("input"))
 
 
 def _with_sizes(call: Call, x: Pair, sizes: tuple[Value, ...], kwargs: dict[str, Value], refusal: Refuse) -> Value:
