@@ -1,4 +1,4 @@
-"""The command line: ``reparam plan | expand | extract | check | train``.
+"""The command line: ``reparam plan | expand | extract | check | train | coverage``.
 
 Each command is a thin shell around one public function. Errors that reparam raises itself are printed as
 ``error: ...`` with exit code 2; a check that fails exits with 1. torch and timm are imported by the command that
@@ -27,16 +27,18 @@ _MODEL_HELP = "timm name, path/to/file.py:callable, or package.module:callable"
 _EPILOG = """\
 examples:
   reparam plan resnet18 --ratio 2
+  reparam plan resnet18 --ratio "layer4.*=4" "*=2"
   reparam expand resnet18 --ratio 2 --output teacher.safetensors
   reparam extract teacher.safetensors resnet18 --output student.safetensors
   reparam check resnet18 teacher.safetensors --checkpoint-a student.safetensors
   reparam train
+  reparam coverage resnet18 convnext_atto
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code: 0 fine, 1 a failed check, 2 bad input."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = _spread_ratios(sys.argv[1:] if argv is None else argv)
     parser = build_parser(train_options=arguments[:1] == ["train"])
     try:
         options = parser.parse_args(arguments)
@@ -74,6 +76,8 @@ def build_parser(*, train_options: bool = True) -> argparse.ArgumentParser:
         command = importlib.import_module("reparam.distill.command")
         command.add_arguments(train)
         train.set_defaults(run=command.run)
+    coverage = commands.add_parser("coverage", help="plan, expand, verify and extract a list of models, and report")
+    importlib.import_module("reparam.coverage.command").add_arguments(coverage)
     return parser
 
 
@@ -150,7 +154,9 @@ def _add_building(parser: argparse.ArgumentParser, *, ema: bool = True) -> None:
 
 
 def _add_widening(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ratio", type=int, default=2, metavar="R", help="replicas of every channel (default 2)")
+    parser.add_argument("--ratio", type=_ratio, action="append", metavar="R",
+                        help="replicas of every channel (default 2), or PATTERN=R ... for parts of the network: module "
+                        "names, globs, or re: and a regular expression; the first that matches decides")  # fmt: skip
     parser.add_argument("--ignore", nargs="+", action="extend", default=[], metavar="PATTERN",
                         help="module names or globs that stay as they are")  # fmt: skip
     _add_input_size(parser)
@@ -158,6 +164,46 @@ def _add_widening(parser: argparse.ArgumentParser) -> None:
 
 def _add_input_size(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input-size", type=_size, metavar="C,H,W", help="shape of one sample, without the batch")
+
+
+def _ratio(text: str) -> int | tuple[str, int]:
+    """Read a ratio for all layers, or ``PATTERN=R``."""
+    pattern, equals, number = text.rpartition("=")
+    try:
+        return (pattern, int(number)) if equals else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"invalid int value: {number!r}; a ratio is an int, or PATTERN=R such as 'layer4.*=4'"
+        ) from None
+
+
+def _spread_ratios(arguments: Sequence[str]) -> list[str]:
+    """Give each of ``--ratio A=2 B=3`` an option of its own: one that takes many would take a MODEL behind them too."""
+    result: list[str] = []
+    inside = False
+    for argument in arguments:
+        if inside and "=" in argument and not argument.startswith("-"):
+            result.append("--ratio")
+        else:
+            inside = result[-1:] == ["--ratio"] or argument.startswith("--ratio=")
+        result.append(argument)
+    return result
+
+
+def _ratios(options: argparse.Namespace) -> int | dict[str, int]:
+    """Return the ratio, or those of the layers in their order."""
+    given = options.ratio or [2]
+    entries = [item for item in given if isinstance(item, tuple)]
+    plain = [item for item in given if not isinstance(item, tuple)]
+    if not entries:
+        return int(plain[-1])
+    if plain:
+        raise InputError(f"--ratio {plain[-1]} is for all layers; beside PATTERN=R write '*={plain[-1]}', as the last")
+    names = [name for name, _number in entries]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise InputError(f"--ratio has {twice!r} twice; the first entry that matches a layer decides")
+    return dict(entries)
 
 
 def _size(text: str) -> tuple[int, ...]:
@@ -177,7 +223,7 @@ def _plan(options: argparse.Namespace) -> int:
     import reparam
 
     model = _load(options, options.model)
-    plan = reparam.plan(model, options.ratio, example_input=_example(options), ignore=tuple(options.ignore))
+    plan = reparam.plan(model, _ratios(options), example_input=_example(options), ignore=tuple(options.ignore))
     print(plan.to_json() if options.json == "-" else plan)
     if options.json and options.json != "-":
         _write(options.json, plan.to_json())
@@ -194,16 +240,17 @@ def _expand(options: argparse.Namespace) -> int:
 
     _require_folder(options.output)
     model = _load(options, options.model, options.checkpoint)
+    ratio = _ratios(options)
     teacher = reparam.expand(
         model,
-        options.ratio,
+        ratio,
         example_input=_example(options),
         noise=options.noise,
         ignore=tuple(options.ignore),
         verify=not options.no_verify,
     )
     reparam.save(teacher, options.output)
-    print(f"student {_parameters(model)} -> teacher {_parameters(teacher)} parameters, ratio {options.ratio}")
+    print(f"student {_parameters(model)} -> teacher {_parameters(teacher)} parameters, ratio {ratio}")
     print("the teacher computes " + ("what the student does: every node compared in float64"
           if not options.no_verify else "an unverified function (--no-verify)"))  # fmt: skip
     print(f"wrote {options.output}")

@@ -6,7 +6,7 @@ import copy
 import importlib
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -55,7 +55,7 @@ class Mismatch(AssertionError):
     """A law does not hold for a network."""
 
 
-def check(program: Program, ratio: int) -> Outcome:
+def check(program: Program, ratio: int | Mapping[str, int]) -> Outcome:
     """Expand the network of ``program`` and check every law.
 
     Raises:
@@ -134,7 +134,8 @@ def _outputs(program: Program, student: nn.Module, teacher: nn.Module) -> tuple[
     return worst, larger
 
 
-def _round_trip(student: nn.Module, teacher: nn.Module, ratio: int) -> None:
+def _round_trip(student: nn.Module, teacher: nn.Module, ratio: int | Mapping[str, int]) -> None:
+    ratios = [ratio] if isinstance(ratio, int) else ratio.values()
     plain = reparam.extract(teacher)
     if type(plain) is not type(student):
         raise Mismatch(f"extract gives a {type(plain).__name__}")
@@ -145,7 +146,7 @@ def _round_trip(student: nn.Module, teacher: nn.Module, ratio: int) -> None:
         found = theirs[name]
         if found.shape != value.shape or found.dtype != value.dtype:
             raise Mismatch(f"extract: {name} is {found.dtype} {list(found.shape)}")
-        power = ratio & (ratio - 1) == 0
+        power = all(r & (r - 1) == 0 for r in ratios)
         limit = 0.0 if power else 2 * ULP
         if value.is_floating_point() and bool(((found - value).abs() > limit * value.abs()).any()):
             raise Mismatch(f"extract: {name} differs from the student's")
@@ -273,7 +274,7 @@ def _smallest(program: Program, student: nn.Module) -> int:
     return min(seen, default=64)
 
 
-def failure(program: Program, ratio: int) -> str | None:
+def failure(program: Program, ratio: int | Mapping[str, int]) -> str | None:
     """Return what is wrong with the teacher of a program, or None."""
     try:
         with warnings.catch_warnings():

@@ -12,8 +12,9 @@ from torch import nn
 from zoo import BY_NAME, ZOO, Entry, built, error, sample, tensors
 
 import reparam
-from reparam.passes.expand import capture_model, make_plan, verify_plan
+from reparam.passes.expand import verify_plan
 from reparam.passes.plan import Plan
+from reparam.passes.search import prepare
 from reparam.passes.teacher import Teacher
 from reparam.passes.widen import build_teacher
 
@@ -29,8 +30,8 @@ class Case:
 
     def __init__(self, entry: Entry, ratio: int = 2) -> None:
         self.entry, self.model = entry, built(entry)
-        self.capture, self.inputs = capture_model(self.model, sample(entry.shape))
-        self.plan: Plan = make_plan(self.model, self.capture, self.inputs, ratio, {})
+        self.capture, self.inputs, plan = prepare(self.model, ratio, sample(entry.shape))
+        self.plan: Plan = plan
 
     def node_error(self) -> float:
         return verify_plan(self.model, self.capture, self.plan, self.inputs, None)
@@ -147,8 +148,7 @@ def without_drops(model: nn.Module) -> nn.Module:
 def check_train_mode(entry: Entry) -> None:
     """Outputs and running statistics after two training forwards, of the student, the teacher and the view."""
     model = without_drops(built(entry)).train()
-    capture, inputs = capture_model(model, sample(entry.shape))
-    made = make_plan(model, capture, inputs, 2, {})
+    capture, _inputs, made = prepare(model, 2, sample(entry.shape))
     torch.manual_seed(0)
     teacher = build_teacher(model, capture, made, 0.25)
     view = reparam.student_view(teacher)

@@ -26,7 +26,9 @@ ROOMS = {
     "ops": {"errors"},
     "passes": {"errors", "ops"},
     "distill": {"errors", "ops", "passes", "models", ""},
-    "cli": {"errors", "ops", "passes", "models", "distill", ""},
+    "coverage": {"errors", "passes", "models", "distill", "provenance", ""},
+    "cli": {"errors", "ops", "passes", "models", "distill", "coverage", ""},
+    "provenance": {""},
     "": {"errors", "ops", "passes"},
 }
 """What each room may import from the package besides itself; the empty name is the public surface."""

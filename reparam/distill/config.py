@@ -55,7 +55,7 @@ class TrainConfig:
     checkpoint: str | None = _option(None, "model", "start from these weights (default: from scratch)", metavar="FILE")
 
     baseline: bool = _option(False, "method", "train the plain student alone, with the identical recipe", bool)
-    ratio: int = _option(2, "method", "channel expansion of the teacher", int)
+    ratio: int = _option(2, "method", "channel expansion of the teacher, one for all layers", int)
     noise: float = _option(0.25, "method", "size of the noise that breaks the teacher's symmetry", float)
     kd_weight: float = _option(3.0, "method", "weight of the soft loss from teacher to student", float)
     kd_smoothing: float = _option(0.1, "method", "share of the uniform distribution in the soft target", float)
@@ -118,6 +118,11 @@ def options() -> dict[str, tuple[Option, Any]]:
 
 
 def _check_ranges(config: TrainConfig) -> None:
+    if isinstance(config.ratio, bool) or not isinstance(config.ratio, int):
+        raise InputError(
+            f"--ratio of a training run is one int for all layers, got {config.ratio!r}; reparam.expand and "
+            "reparam.plan take a mapping"
+        )
     at_least = {"limit_train": 1, "image_size": 1, "shift": 0, "workers": 0, "threads": 1, "noise": 0, "kd_weight": 0}
     at_least |= {
         "ratio": 1,

@@ -24,6 +24,8 @@ class ReplicaMap:
     Args:
         index: integers [N], the student index of each teacher index.
         size: number of student indices n; every one of them must occur in ``index``.
+        marks: integers [n] that travel with the student indices and say where they come from (0: not known), or
+            None. They take no part in comparisons and are not stored.
 
     >>> ReplicaMap.repeat(3, 2).index.tolist()
     [0, 0, 1, 1, 2, 2]
@@ -31,6 +33,7 @@ class ReplicaMap:
 
     index: IntArray
     size: int
+    marks: IntArray | None = None
 
     def __post_init__(self) -> None:
         index = np.ascontiguousarray(self.index, dtype=np.int64)
@@ -52,6 +55,25 @@ class ReplicaMap:
     def repeat(cls, size: int, ratio: int) -> ReplicaMap:
         """Return the default layout: ``ratio`` replicas of each index, innermost."""
         return cls(np.repeat(np.arange(size), ratio), size)
+
+    @classmethod
+    def joined(cls, parts: Sequence[ReplicaMap]) -> ReplicaMap:
+        """Return the map of a dimension that consists of these parts, one behind the other."""
+        starts = np.cumsum([0, *(part.size for part in parts)])
+        index = np.concatenate([part.index + start for part, start in zip(parts, starts, strict=False)])
+        marks = None
+        if any(part.marks is not None for part in parts):
+            marks = np.concatenate([np.zeros(p.size, np.int64) if p.marks is None else p.marks for p in parts])
+        return cls(index, int(starts[-1]), marks)
+
+    def marked(self, marks: IntArray | int) -> ReplicaMap:
+        """Return the same map with these marks, or with one mark for all indices."""
+        return ReplicaMap(self.index, self.size, np.broadcast_to(np.asarray(marks, dtype=np.int64), (self.size,)))
+
+    def part(self, start: int, stop: int, wide_start: int, wide_stop: int) -> ReplicaMap:
+        """Return the map of student range [start, stop), which is teacher range [wide_start, wide_stop)."""
+        marks = None if self.marks is None else self.marks[start:stop]
+        return ReplicaMap(self.index[wide_start:wide_stop] - start, stop - start, marks)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -128,7 +150,8 @@ class ReplicaMap:
     def outputs(self, multiplier: int) -> ReplicaMap:
         """Return the output map of a depthwise operator that gives each channel ``multiplier`` outputs."""
         index = (self.index[:, None] * multiplier + np.arange(multiplier)).reshape(-1)
-        return ReplicaMap(index, self.size * multiplier)
+        marks = None if self.marks is None else np.repeat(self.marks, multiplier)
+        return ReplicaMap(index, self.size * multiplier, marks)
 
     def grouped(self, groups: int) -> list[ReplicaMap] | None:
         """Split into one map per group, or None where a teacher group would mix student groups.
@@ -140,10 +163,11 @@ class ReplicaMap:
             return None
         width, wide = self.size // groups, len(self) // groups
         blocks = self.index.reshape(groups, wide) - np.arange(groups)[:, None] * width
+        marks = [None] * groups if self.marks is None else list(self.marks.reshape(groups, width))
         if ((blocks < 0) | (blocks >= width)).any():
             return None
         try:
-            return [ReplicaMap(block, width) for block in blocks]
+            return [ReplicaMap(block, width, mark) for block, mark in zip(blocks, marks, strict=True)]
         except ValueError:
             return None
 

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from reparam.ops.maps import ReplicaMap, realign
 
+STEPS = "reparam_steps"
+"""Name of the module under which a rewritten network keeps the modules of its steps."""
+
 
 @dataclass(frozen=True)
 class Realign:

@@ -17,6 +17,7 @@ from reparam.errors import InputError
 from reparam.passes.example import Inputs, example_for, normalise, random_like
 from reparam.passes.skeleton import first_floating_dtype, skeleton_of
 from reparam.passes.teacher import Teacher
+from reparam.passes.torch_modules import without_fast_paths
 from reparam.passes.view import StudentView, extract
 
 _TOLERANCES = {
@@ -131,7 +132,7 @@ def _outputs(model: nn.Module, inputs: Inputs, dtype: torch.dtype) -> list[Tenso
     try:
         for module, _mode in modes:
             module.training = False
-        with torch.no_grad():
+        with torch.no_grad(), without_fast_paths():
             out = functional_call(target, tensors, args, kwargs)
     except (RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"{type(model).__name__} does not accept the example input: {error}") from error

@@ -99,7 +99,7 @@ def _try(skeleton: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         return None  # an operator without a meta kernel: capture decides
     except RuntimeError as error:
         # Control flow on data: capture decides.
-        return None if "meta tensor" in str(error) else error
+        return None if "meta" in str(error) else error
     except Exception as error:
         return error
     return None

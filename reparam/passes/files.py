@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from reparam.errors import CaptureError, FormatError, InputError, near_matches
+from reparam.passes.capture import Capture, key_of
 from reparam.passes.example import inputs_from_json
-from reparam.passes.expand import fingerprint
+from reparam.passes.freeze import fingerprint
+from reparam.passes.parts import record
 from reparam.passes.plan import Plan
 from reparam.passes.skeleton import first_floating_dtype, skeleton_of
 from reparam.passes.teacher import Teacher, require_teacher
-from reparam.passes.tracer import Capture, key_of, trace
 from reparam.passes.validate import check_model
 from reparam.passes.widen import build_teacher
 
@@ -98,7 +99,7 @@ def _capture(path: Any, student: nn.Module, plan: Plan) -> Capture:
 
     inputs = pytree.tree_map(own, inputs_from_json(plan.inputs))
     try:
-        capture = trace(skeleton_of(student), *inputs)
+        capture = record(skeleton_of(student), inputs, plan.specialised, plan.opened)
         same = fingerprint(capture) == plan.graph
     except CaptureError:
         same = False

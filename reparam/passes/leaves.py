@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from torch import fx, nn
 
 from reparam.passes.call import NodeEdit
+from reparam.passes.capture import trace_inner
 from reparam.passes.registry import find_rule
 from reparam.passes.state import operator_name
-from reparam.passes.tracer import trace_inner
 from reparam.passes.values import Free, Int, Pair, Refuse, Value, student, walk
 
 if TYPE_CHECKING:
@@ -90,9 +90,11 @@ def _trace_inner(planner: Planner, node: fx.Node, training: bool, args: Value, k
     else:
         prefix = planner.full_name(node, str(node.target))
         module = planner.capture.root.get_submodule(prefix)
-    graph = trace_inner(module, student(args), student(kwargs), training)
+    graph = trace_inner(module, student(args), student(kwargs), training, planner.capture.memory)
     for inner in graph.nodes:
         inner.meta["prefix"] = prefix
+        if "part" in node.meta:
+            inner.meta["part"] = node.meta["part"]
         inner.meta["module"] = planner.full_name(inner, inner.meta.get("module", ""))
         if inner.op == "call_module":
             raise Refuse(f"{inner.target} inside it cannot be recorded")

@@ -7,8 +7,6 @@ expands, extracts, saves and loads reads these tables and nothing else.
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path as FilePath
@@ -20,6 +18,7 @@ from reparam.ops.maps import ReplicaMap
 from reparam.ops.params import ParamMap
 from reparam.ops.steps import Step, step_from_json
 from reparam.passes.example import inputs_from_json
+from reparam.passes.ratios import Ratio, ratio_from_json, ratio_to_json
 
 VERSION = 1
 
@@ -87,7 +86,7 @@ class Plan:
 
     Args:
         model: class name of the student.
-        ratio: replicas per channel.
+        ratio: replicas per channel, or a mapping of names and patterns to them, in its order.
         inputs: the example input, as shapes and dtypes.
         params: parameter or buffer -> map; those that are not listed stay as they are.
         edits: node name -> edit.
@@ -99,10 +98,12 @@ class Plan:
         leaves: modules kept as they are, with the reason.
         graph: fingerprint of the captured graph.
         notes: what a user should know.
+        specialised: modules and functions that were recorded for the sizes of the example input, with guards.
+        opened: modules without a graph whose submodules were recorded one by one.
     """
 
     model: str
-    ratio: int
+    ratio: Ratio
     inputs: Mapping[str, Any]
     params: Mapping[str, ParamMap]
     edits: Mapping[str, EditPlan]
@@ -116,10 +117,13 @@ class Plan:
     parameters: int
     wide_parameters: int
     notes: tuple[str, ...] = field(default=())
+    specialised: tuple[str, ...] = field(default=())
+    opened: tuple[str, ...] = field(default=())
 
     def __post_init__(self) -> None:
-        for name in ("inputs", "params", "edits", "attributes", "value_maps", "leaves"):
-            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+        for name in ("inputs", "params", "edits", "attributes", "value_maps", "leaves", "ratio"):
+            if isinstance(getattr(self, name), Mapping):
+                object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
 
     def __repr__(self) -> str:
         return (
@@ -153,7 +157,7 @@ class Plan:
             word = "yes" if layer.widened else "no"
             word += f" ({layer.reason})" if layer.reason else ""
             work = f"{_count(layer.multiply_adds)} -> {_count(layer.wide_multiply_adds)}"
-            rows.append((layer.name, layer.operator, _shape(layer.shape), _shape(layer.wide_shape), word, work))
+            rows.append((layer.name, layer.operator, shape_text(layer.shape), shape_text(layer.wide_shape), word, work))
         widths = [max(len(row[k]) for row in rows) for k in range(6)]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.insert(1, "  ".join("-" * w for w in widths))
@@ -175,17 +179,9 @@ class Plan:
 
     def to_dot(self) -> str:
         """Return the plan as a graphviz graph: layers in order, widened ones filled, with their shapes."""
-        lines = ["digraph plan {", "  rankdir=TB;", '  node [shape=box, fontname="Helvetica", style=filled];']
-        previous = None
-        for k, layer in enumerate(self.layers):
-            colour = "#cfe8cf" if layer.widened else "#f2d3c8"
-            label = f"{layer.name}\\n{layer.operator} {_shape(layer.shape)} -> {_shape(layer.wide_shape)}"
-            label += f"\\n{layer.reason}" if layer.reason else ""
-            lines.append(f'  n{k} [label="{label.replace(chr(34), chr(39))}", fillcolor="{colour}"];')
-            if previous is not None:
-                lines.append(f"  n{previous} -> n{k};")
-            previous = k
-        return "\n".join([*lines, "}"])
+        from reparam.passes.drawing import to_dot
+
+        return to_dot(self)
 
     def draw(self, path: str | FilePath) -> FilePath:
         """Write the drawing as SVG or PNG (by the ending) with graphviz, as dot text where that is not installed.
@@ -193,18 +189,9 @@ class Plan:
         Returns:
             The file that was written (its ending is ``.dot`` for the text).
         """
-        target = FilePath(path)
-        kind = target.suffix.lstrip(".").lower()
-        if kind not in ("svg", "png", "dot"):
-            raise InputError(f"cannot draw a plan as {target.name!r}: the ending must be .svg, .png or .dot")
-        program = shutil.which("dot")
-        if kind == "dot" or program is None:
-            target = target.with_suffix(".dot")
-            target.write_text(self.to_dot())
-            return target
-        drawn = subprocess.run([program, f"-T{kind}"], input=self.to_dot().encode(), capture_output=True, check=True)
-        target.write_bytes(drawn.stdout)
-        return target
+        from reparam.passes.drawing import draw
+
+        return draw(self, FilePath(path))
 
     # -- for files -----------------------------------------------------------------------------------------------
 
@@ -218,7 +205,7 @@ class Plan:
             "format": "reparam-plan",
             "version": VERSION,
             "model": self.model,
-            "ratio": self.ratio,
+            "ratio": ratio_to_json(self.ratio),
             "inputs": dict(self.inputs),
             "params": {name: m.to_json() for name, m in self.params.items()},
             "edits": {name: _edit_to_json(edit) for name, edit in self.edits.items()},
@@ -235,6 +222,8 @@ class Plan:
             "parameters": self.parameters,
             "wide_parameters": self.wide_parameters,
             "notes": list(self.notes),
+            "specialised": list(self.specialised),
+            "opened": list(self.opened),
         }
         try:
             return json.dumps(data)
@@ -268,9 +257,9 @@ class Plan:
 
 
 _TYPES: dict[str, type] = {
-    "model": str, "ratio": int, "inputs": dict, "params": dict, "edits": dict, "attributes": dict, "statistics": list,
+    "model": str, "inputs": dict, "params": dict, "edits": dict, "attributes": dict, "statistics": list,
     "layers": list, "contractions": list, "value_maps": dict, "leaves": dict, "graph": str, "parameters": int,
-    "wide_parameters": int, "notes": list,
+    "wide_parameters": int, "notes": list, "specialised": list, "opened": list,
 }  # fmt: skip
 
 
@@ -280,10 +269,12 @@ def _plan_from(data: dict[str, Any]) -> Plan:
 
     _check_types(data, _TYPES)
     inputs_from_json(data["inputs"])
-    _check_strings([*data["statistics"], *data["notes"], *data["leaves"].values()])
+    _check_strings(
+        [*data["statistics"], *data["notes"], *data["specialised"], *data["opened"], *data["leaves"].values()]
+    )
     return Plan(
         model=data["model"],
-        ratio=data["ratio"],
+        ratio=ratio_from_json(data["ratio"]),
         inputs=data["inputs"],
         params={name: _param_map_from(m) for name, m in data["params"].items()},
         edits={name: _edit_from_json(edit) for name, edit in data["edits"].items()},
@@ -297,6 +288,8 @@ def _plan_from(data: dict[str, Any]) -> Plan:
         parameters=data["parameters"],
         wide_parameters=data["wide_parameters"],
         notes=tuple(data["notes"]),
+        specialised=tuple(data["specialised"]),
+        opened=tuple(data["opened"]),
     )
 
 
@@ -388,7 +381,8 @@ def _numel(shape: tuple[int, ...]) -> int:
     return result
 
 
-def _shape(shape: tuple[int, ...]) -> str:
+def shape_text(shape: tuple[int, ...]) -> str:
+    """Return a shape as text: 64x32x3x3."""
     return "x".join(map(str, shape))
 
 

@@ -1,6 +1,6 @@
 """The lock-step planner: read the captured graph in the student's and the teacher's world at once.
 
-Requires: a :class:`~reparam.passes.tracer.Capture`. Ensures: for every tensor of every node the invariant of
+Requires: a :class:`~reparam.passes.capture.Capture`. Ensures: for every tensor of every node the invariant of
 :class:`~reparam.passes.values.Pair`. Changes nothing: the outcome is a set of parameter maps, node edits and module
 attributes, from which ``reparam.passes.expand`` makes the plan.
 """
@@ -8,6 +8,7 @@ attributes, from which ``reparam.passes.expand`` makes the plan.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, fx
@@ -16,15 +17,18 @@ from reparam.ops.maps import Maps, ReplicaMap, clean
 from reparam.ops.params import Noise, ParamMap
 from reparam.passes import rules as _rules  # noqa: F401  (registers all rules)
 from reparam.passes.call import Call
+from reparam.passes.capture import Capture, key_of
 from reparam.passes.dependence import ancestors, is_wider, placements, substitute
 from reparam.passes.leaves import is_opaque_function, keep_leaf
 from reparam.passes.meta import Unknown
 from reparam.passes.plan import ContractionPlan
+from reparam.passes.ratios import Ratios
 from reparam.passes.records import note_statistics
 from reparam.passes.registry import find_rule
 from reparam.passes.skeleton import canonical_names, named_tensors
-from reparam.passes.state import Restart, State, operator_name
-from reparam.passes.tracer import Capture, key_of
+from reparam.passes.splits import heads_of
+from reparam.passes.state import Restart, State, function_key, operator_name
+from reparam.passes.streams import Streams, carry
 from reparam.passes.values import (
     Free,
     Int,
@@ -44,12 +48,21 @@ class Planner:
 
     Args:
         capture: the recorded student.
-        ratio: replicas per channel.
+        ratios: replicas of the outputs of each layer.
         ignored: parameter name -> reason, for parameters that must stay as they are.
+        streams: where to note which layers meet, or None.
+        choices: which part of a split gets the replicas, by line of code (``reparam.passes.splits``).
     """
 
-    def __init__(self, capture: Capture, ratio: int, ignored: dict[str, str] | None = None) -> None:
-        self.capture, self.ratio = capture, ratio
+    def __init__(
+        self,
+        capture: Capture,
+        ratios: Ratios,
+        ignored: dict[str, str] | None = None,
+        streams: Streams | None = None,
+        choices: Mapping[str, int] | None = None,
+    ) -> None:
+        self.capture, self.ratios, self.streams, self.choices = capture, ratios, streams, choices or {}
         self.ignored = ignored or {}
         self.names = canonical_names(capture.root)
         self.preferred: dict[str, Maps] = {}
@@ -58,9 +71,12 @@ class Planner:
         self.inner_graphs: dict[tuple[fx.Node, bool], fx.Graph | Exception] = {}
         self.reaches_mixing: set[fx.Node] = set()
         self.from_input: set[fx.Node] = set()
+        self.heads: set[fx.Node] = set()
+        self.layouts: dict[str, ReplicaMap] = {}
         self.state = State()
         for graph in capture.graphs:
             self._scan(graph)
+            self.heads |= heads_of(graph)
 
     # -- the fixpoint --------------------------------------------------------------------------------------------
 
@@ -85,7 +101,8 @@ class Planner:
         for node in reversed(nodes):
             if any(mixes[user] or user in self.reaches_mixing for user in node.users):
                 self.reaches_mixing.add(node)
-        self.mark_inputs(nodes)
+        if "part" not in nodes[-1].meta:
+            self.mark_inputs(nodes)
 
     def mark_inputs(self, nodes: list[fx.Node]) -> None:
         """Note which nodes come before all mixing operators: their channels are the network's own inputs."""
@@ -167,6 +184,7 @@ class Planner:
             if not call.default_layout():
                 raise
             value = entry.function(call, *call.args, **call.kwargs)
+        value = value if self.streams is None else carry(call, value)
         if entry.family != "query":
             self._check_divided({"args": args, "kwargs": kwargs}, call.weights)
             self._check_divided({"args": call.args, "kwargs": call.kwargs}, call.weights)
@@ -185,6 +203,9 @@ class Planner:
         self._check_divided([args, kwargs], set())
         if node.op == "call_module":
             self._keep_narrow(node)
+            self.state.refused[self.full_name(node, str(node.target))] = reason
+        elif is_opaque_function(node):
+            self.state.refused[function_key(node.target)] = reason
         call = Call(self, node, list(args), dict(kwargs), _ANY)
         if call.contract_all():
             self._note_contraction(node, reason)
@@ -196,7 +217,10 @@ class Planner:
         """A leaf module at student width keeps its parameters, also where another call could widen them."""
         path = self.full_name(node, str(node.target))
         for name, tensor in named_tensors(self.capture.root.get_submodule(path)):
-            name = self.names[f"{path}.{name}"]
+            full = f"{path}.{name}" if path else name
+            if any(full.startswith(part + ".") for part in self.capture.parts):
+                continue
+            name = self.names[full]
             known = self.state.params.setdefault(name, ParamMap(tuple(tensor.shape)))
             self.state.linear.setdefault(name, False)
             self.preferred[name] = {}

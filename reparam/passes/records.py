@@ -10,7 +10,7 @@ from torch import fx, nn
 from reparam.passes.plan import LayerPlan
 from reparam.passes.registry import statistics_of
 from reparam.passes.state import operator_name
-from reparam.passes.values import Pair
+from reparam.passes.values import Free, Pair
 
 if TYPE_CHECKING:
     from reparam.passes.planner import Planner
@@ -36,8 +36,8 @@ def note_statistics(planner: Planner) -> None:
         for path, module in planner.capture.root.get_submodule(str(node.target)).named_modules():
             own = dict(module.named_buffers(recurse=False))
             if "running_mean" in own or "running_var" in own:
-                prefix = f"{node.target}.{path}" if path else str(node.target)
-                planner.state.statistics |= {planner.names[f"{prefix}.{name}"] for name in own}
+                prefix = "".join(f"{part}." for part in (str(node.target), path) if part)
+                planner.state.statistics |= {planner.names[prefix + name] for name in own}
 
 
 def note_attribute(planner: Planner, source: Any, attribute: str, value: Any) -> None:
@@ -51,19 +51,27 @@ def note_attribute(planner: Planner, source: Any, attribute: str, value: Any) ->
 
 
 def weight_name(planner: Planner, source: Any) -> str | None:
-    """Return the name of the (largest) parameter behind the weight of a linear operator."""
+    """Return the name of the (largest) parameter behind the weight of a linear operator, else of the largest buffer."""
     if not isinstance(source, fx.Node):
         return None
-    found: dict[str, int] = {}
+    found: dict[str, tuple[bool, int]] = {}
     stack, seen = [source], set()
     while stack:
         node = stack.pop()
         seen.add(node)
         name = planner.name_of(node)
-        if name is not None and isinstance(attrgetter(name)(planner.capture.root), nn.Parameter):
-            found[name] = node.meta["val"].numel()
-        stack += [n for n in node.all_input_nodes if n not in seen and n.op != "placeholder"]
+        if name is not None:
+            parameter = isinstance(attrgetter(name)(planner.capture.root), nn.Parameter)
+            found[name] = parameter, node.meta["val"].numel()
+        given = planner.state.env.get(node) if node.op == "placeholder" else None
+        # Inside a function that was not traced into, a weight may be an argument: go on where it comes from.
+        behind = [given.node] if isinstance(given, Free) else node.all_input_nodes
+        stack += [n for n in behind if n not in seen]
     return max(found, key=lambda n: found[n]) if found else None
+
+
+def _narrow_output(last: bool) -> str:
+    return "its output goes to code without a graph" if last else "its output is at student width"
 
 
 def record_layer(
@@ -89,11 +97,16 @@ def record_layer(
     name = weight_name(planner, source)
     if name is None or not isinstance(attrgetter(name)(planner.capture.root), nn.Parameter):
         return
-    ends = node not in planner.reaches_mixing
+    # The ends of a part are not those of the network: other code follows, at student width.
+    last, part = node not in planner.reaches_mixing, node.meta.get("part")
+    ends = last and part is None
     outputs, inputs = (d in weight.maps for d in dims)
     outside = data in planner.from_input
     reasons = [] if inputs else ["input of the network" if outside else "its input is at student width"]
-    reasons += [] if outputs else ["output of the network" if ends else "its output is at student width"]
+    count = weight.maps[dims[0]].uniform if dims[0] in weight.maps else 1
+    note = planner.ratios.note(name, count)
+    reasons += [note] if outputs and note else []
+    reasons += [] if outputs else ["output of the network" if ends else note or _narrow_output(last)]
     if name in planner.ignored:
         reasons = [planner.ignored[name]]
     earlier = planner.state.layers.get(name)

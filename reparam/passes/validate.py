@@ -12,6 +12,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from reparam.errors import InputError, ModelError, near_matches
 from reparam.passes.skeleton import canonical_names, named_tensors
+from reparam.passes.splits import HEADS
 
 _WRAPPERS = {
     "DistributedDataParallel": "pass model.module",
@@ -19,19 +20,6 @@ _WRAPPERS = {
     "FullyShardedDataParallel": "expand the model before wrapping it",
     "OptimizedModule": "pass the model itself (model._orig_mod) and compile the result",
 }
-
-
-def check_ratio(ratio: Any) -> int:
-    """Return the ratio.
-
-    Raises:
-        InputError: not an int >= 1.
-    """
-    if isinstance(ratio, bool) or not isinstance(ratio, int):
-        raise InputError(f"ratio must be an int >= 1, not {ratio!r} ({type(ratio).__name__}); for example ratio=2")
-    if ratio < 1:
-        raise InputError(f"ratio must be an int >= 1, not {ratio}; ratio=2 doubles the channels")
-    return ratio
 
 
 def check_noise(noise: Any) -> float:
@@ -43,6 +31,17 @@ def check_noise(noise: Any) -> float:
     if isinstance(noise, bool) or not isinstance(noise, (int, float)) or not 0 <= noise <= 1:
         raise InputError(f"noise must be a number in [0, 1] (relative to the rms of each weight), not {noise!r}")
     return float(noise)
+
+
+def check_heads(heads: Any) -> str:
+    """Return ``heads`` if it is a choice of what attention widens.
+
+    Raises:
+        InputError: it is not.
+    """
+    if heads not in HEADS:
+        raise InputError(f"heads must be one of {', '.join(map(repr, HEADS))}, not {heads!r}")
+    return str(heads)
 
 
 def check_branches(branches: Any) -> None:
