@@ -159,6 +159,12 @@ def _add_widening(parser: argparse.ArgumentParser) -> None:
                         "names, globs, or re: and a regular expression; the first that matches decides")  # fmt: skip
     parser.add_argument("--ignore", nargs="+", action="extend", default=[], metavar="PATTERN",
                         help="module names or globs that stay as they are")  # fmt: skip
+    parser.add_argument(
+        "--heads",
+        choices=("auto", "count", "width"),
+        default="auto",
+        help="what attention widens: the number of heads or their width (default: what widens more)",
+    )
     _add_input_size(parser)
 
 
@@ -223,7 +229,8 @@ def _plan(options: argparse.Namespace) -> int:
     import reparam
 
     model = _load(options, options.model)
-    plan = reparam.plan(model, _ratios(options), example_input=_example(options), ignore=tuple(options.ignore))
+    chosen = {"ignore": tuple(options.ignore), "heads": options.heads}
+    plan = reparam.plan(model, _ratios(options), example_input=_example(options), **chosen)
     print(plan.to_json() if options.json == "-" else plan)
     if options.json and options.json != "-":
         _write(options.json, plan.to_json())
@@ -247,6 +254,7 @@ def _expand(options: argparse.Namespace) -> int:
         example_input=_example(options),
         noise=options.noise,
         ignore=tuple(options.ignore),
+        heads=options.heads,
         verify=not options.no_verify,
     )
     reparam.save(teacher, options.output)

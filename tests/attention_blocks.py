@@ -92,7 +92,7 @@ def settled(o: Mapping[str, Any]) -> Recipe:
         fixed["talking"] = "none"
     if o["causal"] == "flag" and kind in WINDOWS:
         fixed["causal"] = "none"
-    if o["product"] == "sdpa" and o["bias"] == "decomposed":
+    if o["product"] == "sdpa" and o["bias"] in ("decomposed", "shaw"):
         fixed["causal"] = "none"
     if kind != "self" or o["given"] in ("gather", "select"):
         fixed["given"] = o["given"] if o["given"] not in ("gather", "select", "hidden") else "none"
@@ -191,7 +191,8 @@ class Other(nn.Module):
             self.pools = nn.ModuleList(nn.Conv2d(self.d, self.d, 3, s, 1, groups=self.d) for s in (1, 2, 2))
             self.norms = nn.ModuleList(nn.LayerNorm(self.d) for _ in range(3))
         self.temperature = nn.Parameter(torch.rand(self.h, 1, 1) + 0.5)
-        self.out = nn.Linear(C, C)
+        if self.kind != "module":
+            self.out = nn.Linear(C, C)
 
     def pooled(self, x: Tensor, k: int) -> Tensor:
         b, h, _n, d = x.shape

@@ -16,17 +16,19 @@ from torch import Tensor, nn
 
 C = 24
 HEADS = (2, 3, 6, 1)
-FUSED = ("five", "indexed", "chunk", "split", "heads_first", "part_sizes", "in_proj", "cat_bias", "narrow")
+FUSED = ("five", "indexed", "chunk", "split", "heads_first", "part_sizes", "in_proj", "cat_bias", "narrow",
+         "heads_three", "three_last")  # fmt: skip
 CROSS = ("separate", "kv", "rows", "einsum")
 
 CHOICES: dict[str, tuple[Any, ...]] = {
     "heads": HEADS,
     "project": (*FUSED, *CROSS),
-    "divide": ("reshape", "view", "unflatten", "unflatten_rest", "stack", "tokens_last"),
+    "divide": ("reshape", "view", "unflatten", "unflatten_rest", "stack", "tokens_last", "width_first"),
     "norm": ("none", "none", "layer", "rms", "l2", "l2_by_hand", "rms_by_hand", "full"),
     "rotary": ("none", "none", "half", "pairs", "rotate_pairs", "computed", "half_of_them", "complex"),
     "scale": ("default", "constant", "size", "temperature", "heads_scale"),
-    "bias": ("none", "none", "table", "parameter", "mlp", "alibi", "levit", "embedding", "padded", "decomposed", "lepe"),
+    "bias": ("none", "none", "table", "parameter", "mlp", "alibi", "levit", "embedding", "padded", "decomposed", "shaw",
+             "lepe"),
     "causal": ("none", "none", "none", "flag", "created"),
     "product": ("sdpa", "sdpa", "matmul", "scaled_q", "einsum", "einsum_tokens", "bmm", "baddbmm", "by_hand", "double",
                 "sigmoid"),
@@ -49,7 +51,8 @@ class Attention(nn.Module):
         self._projections()
         self._extras()
         self._biases()
-        self.out = nn.Linear(C, C)
+        if o["merge"] != "einsum":
+            self.out = nn.Linear(C, C)
 
     def _projections(self) -> None:
         how, h, d = self.o["project"], self.h, self.d
@@ -117,8 +120,8 @@ class Attention(nn.Module):
             self.near = nn.Sequential(nn.Linear(2, 16), nn.ReLU(), nn.Linear(16, h, bias=False))  # type: ignore[assignment]
             self.register_buffer("places", torch.randn(n, 2))
         elif how == "alibi":
-            self.register_buffer("slopes", -0.5 ** torch.arange(1, h + 1).view(h, 1, 1) * distance)
-        elif how == "decomposed":
+            self.register_buffer("slopes", -(0.5 ** torch.arange(1, h + 1).view(h, 1, 1)) * distance)
+        elif how in ("decomposed", "shaw"):
             self.table = parameter(n, self.d)
         elif how == "lepe":
             self.local = nn.Conv1d(C, C, 3, padding=1, groups=C)
@@ -139,6 +142,8 @@ class Attention(nn.Module):
             return x.unflatten(-1, (self.h, self.d)).transpose(1, 2)
         if how == "unflatten_rest":
             return torch.unflatten(x, 2, (self.h, -1)).permute(0, 2, 1, 3).contiguous()
+        if how == "width_first":
+            return x.reshape(b, n, self.d, self.h).permute(0, 3, 1, 2)
         if how == "stack":
             return torch.stack(x.chunk(self.h, dim=-1), dim=1)
         return x.transpose(1, 2).reshape(b, self.h, self.d, n).transpose(-2, -1)
@@ -173,6 +178,11 @@ class Attention(nn.Module):
             return qkv.reshape(b, n, h, 3 * d).transpose(1, 2).chunk(3, dim=-1)
         if how == "part_sizes":
             return qkv.view(b, n, h, -1).permute(0, 2, 1, 3).split([d, d, d], dim=3)
+        if how == "heads_three":
+            return qkv.reshape(b, n, h, 3, d).permute(3, 0, 2, 1, 4).unbind(dim=0)
+        if how == "three_last":
+            qkv = qkv.view(b, n, h, d, 3).permute(4, 0, 2, 1, 3)
+            return qkv[0], qkv[1], qkv[2]
         if how == "narrow":
             return tuple(self.divide(part) for part in (qkv[..., :C], qkv[:, :, C : 2 * C], qkv.narrow(-1, 2 * C, C)))
         parts = qkv.split(C, dim=2) if how == "split" else qkv.chunk(3, dim=-1)
@@ -244,6 +254,8 @@ class Attention(nn.Module):
             return self.slopes
         if how == "decomposed":
             return torch.einsum("bhnd,nmd->bhnm", q, self.table[self.distance])
+        if how == "shaw":
+            return q @ self.table.transpose(0, 1)
         return None
 
     def scaled(self, q: Tensor) -> tuple[Tensor, float | None]:

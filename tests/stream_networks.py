@@ -196,14 +196,17 @@ class Account:
     """Which layers there are, and which meet: computed channel by channel, without reparam.
 
     Args:
-        layers: weight name -> whether it is depthwise.
+        layers: weight names.
         meetings: pairs of layers.
-        known: depthwise layers all of whose input channels come from layers.
+        computed: layers with a computed weight: one that reads unequal numbers of replicas stays narrow.
+        unsure: layers of whose ratio nothing is said: a depthwise one that also reads the network's input, a computed
+            one that does; and the head.
     """
 
-    layers: dict[str, bool] = field(default_factory=dict)
+    layers: list[str] = field(default_factory=list)
     meetings: list[tuple[str, str]] = field(default_factory=list)
-    known: set[str] = field(default_factory=set)
+    computed: set[str] = field(default_factory=set)
+    unsure: set[str] = field(default_factory=set)
 
     def streams(self) -> Iterator[set[str]]:
         left = {name: {name} for name in self.layers}
@@ -236,17 +239,20 @@ def account_of(program: StreamProgram) -> Account:
     for k, step in enumerate(program.steps):
         name, given, options = f"layers.{k}.weight", [values[i] for i in step.inputs], dict(step.options)
         found = given[0]
-        if step.kind in ("conv", "standard", "linear"):
+        mixed = None in found and set(found) != {None}
+        if step.kind in ("conv", "standard", "depthwise", "gate", "linear"):
+            account.layers.append(name)
+        if step.kind == "standard" and mixed:
+            account.unsure.add(name)
+            found = (None,) * options["out"]
+        elif step.kind in ("conv", "standard", "linear"):
             found = (name,) * options["out"]
-            account.layers[name] = False
+            account.computed |= {name} if step.kind == "standard" else set()
         elif step.kind == "depthwise":
-            account.layers[name] = True
             meet((name,) * len(found), found)
-            if None not in found:
-                account.known.add(name)
+            account.unsure |= {name} if None in found else set()
             found = tuple(origin for origin in found for _ in range(options["times"]))
         elif step.kind == "gate":
-            account.layers[name] = False
             found = meet(found, (name,) * len(found))
         elif step.kind in ("add", "mul"):
             found = meet(*given)
@@ -255,5 +261,6 @@ def account_of(program: StreamProgram) -> Account:
         elif step.kind == "half":
             found = found[len(found) // 2 :]
         values.append(found)
-    account.layers |= {"mix.weight": False, "head.weight": False}
+    account.layers += ["mix.weight", "head.weight"]
+    account.unsure.add("head.weight")
     return account

@@ -23,8 +23,7 @@ import reparam
 from reparam.coverage.catalogue import Entry, build, example
 from reparam.coverage.reasons import contractions, narrow_layers, opaque_leaves, short_source, short_text
 from reparam.coverage.weights import randomise
-from reparam.passes.example import batch_of, normalise
-from reparam.passes.expand import verify_plan
+from reparam.passes.expand import verified_inputs, verify_plan
 from reparam.passes.plan import Plan
 from reparam.passes.search import prepare
 from reparam.passes.teacher import Teacher
@@ -88,8 +87,11 @@ def opening(entry: Entry) -> dict[str, Any]:
 def plan_row(entry: Entry, settings: Settings) -> dict[str, Any]:
     """Plan on the meta device."""
     start = time.perf_counter()
-    with torch.device("meta"):
-        model = build(entry)
+    try:
+        with torch.device("meta"):
+            model = build(entry)
+    except NotImplementedError:
+        model = build(entry)  # its initialisation reads values (torchvision's RegNet)
     built = time.perf_counter()
     plan = reparam.plan(model, settings.ratio, example_input=example(entry, "meta"))
     seconds = {"build": built - start, "plan": time.perf_counter() - built}
@@ -124,7 +126,7 @@ def _expanded(model: nn.Module, ratio: int, given: Any, seconds: dict[str, float
     check_model(model)
     capture, inputs, plan = prepare(model, ratio, given)
     seconds["plan"] = time.perf_counter() - start
-    error = verify_plan(model, capture, plan, inputs, batch=1 if given is None else batch_of(normalise(given)))
+    error = verify_plan(model, capture, plan, *verified_inputs(capture, plan, inputs, given))
     teacher = build_teacher(model, capture, plan, NOISE)
     seconds["expand"] = time.perf_counter() - start
     return plan, teacher, error

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from reparam.passes.memory import Memory
 from reparam.passes.meta import Unknown
 from reparam.passes.modes import BranchOnTraining, require
 from reparam.passes.proxies import HintProxy, source_line
@@ -17,9 +18,10 @@ class Answers(fx.Tracer):
 
     fixed_training: bool | None
     specialised: frozenset[str]
-    functions: list[str]
+    running: list[str]
     path: list[str]
     flags: dict[str, bool]
+    memory: Memory
     mode: bool
     read_mode: bool
 
@@ -33,8 +35,7 @@ class Answers(fx.Tracer):
     def concrete(self, proxy: fx.Proxy) -> Any:
         """Answer with the example's value where that is allowed."""
         value = proxy.node.meta.get("val")
-        allowed = self.fixed_training is not None or bool(self.functions)
-        allowed = allowed or (self.path[-1] if self.path else "") in self.specialised
+        allowed = self.fixed_training is not None or self.running[-1] in self.specialised
         if not allowed or isinstance(value, (Tensor, Unknown)):
             raise fx.proxy.TraceError(f"{source_line()}: control flow depends on the value of {name_of(proxy.node)}")
         if self.fixed_training is None:
@@ -47,7 +48,7 @@ class Answers(fx.Tracer):
             "expand it again with an example_input of the size that is used now"
         )
         guard = self.create_proxy("call_function", require, (proxy, value, message), {})
-        guard.node.meta["specialised"] = self.functions[-1] if self.functions else self.path[-1] if self.path else ""
+        guard.node.meta["specialised"] = self.running[-1]
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         """Answer ``if value:``."""
@@ -60,6 +61,8 @@ class Answers(fx.Tracer):
         """Answer a branch on a training flag."""
         if target in self.flags:
             return self.flags[target]
+        if target in self.memory.indifferent and self.path:
+            return False
         if not self.path and "" in self.specialised:
             self.read_mode = True
             return self.mode

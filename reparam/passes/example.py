@@ -64,6 +64,11 @@ def batch_of(inputs: Inputs) -> int | None:
     return sizes.pop() if len(sizes) == 1 else None
 
 
+def accepts(skeleton: nn.Module, inputs: Inputs) -> bool:
+    """Whether a network (on the meta device) runs on these inputs, as far as that can be seen without data."""
+    return _try(skeleton, *inputs) is None
+
+
 def _two_samples(skeleton: nn.Module, inputs: Inputs) -> Inputs:
     """Plan with two samples where one was given: batch norm refuses to train on a single value per channel."""
     if batch_of(inputs) != 1:

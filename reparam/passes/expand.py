@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from reparam.passes.capture import Capture
-from reparam.passes.example import Inputs, batch_of, normalise, random_like
+from reparam.passes.example import Inputs, accepts, batch_of, inputs_from_json, normalise, random_like
+from reparam.passes.modes import require
 from reparam.passes.plan import Plan
 from reparam.passes.ratios import check_ratio
 from reparam.passes.search import prepare
 from reparam.passes.teacher import Teacher
 from reparam.passes.validate import check_branches, check_heads, check_model, check_noise
-from reparam.passes.verify import Rewritten, verify
+from reparam.passes.verify import OtherBatch, Rewritten, verify
 from reparam.passes.widen import build_teacher, programs_of_parts, rewrite
 
 
@@ -96,17 +99,57 @@ def expand(
     check_model(model)
     capture, inputs, made = prepare(model, ratio, example_input, ignore, check_heads(heads))
     if verify:
-        verify_plan(model, capture, made, inputs, batch=_verified_batch(example_input))
+        verify_plan(model, capture, made, *verified_inputs(capture, made, inputs, example_input))
     return build_teacher(model, capture, made, noise)
 
 
-def _verified_batch(example_input: Any) -> int | None:
-    """One sample is enough where the input was found; what the user gave is used as it is."""
-    return 1 if example_input is None else batch_of(normalise(example_input))
+def verified_inputs(capture: Capture, made: Plan, inputs: Inputs, example_input: Any) -> tuple[Inputs, int | None]:
+    """Return the inputs on which to verify, and how many samples.
+
+    What the user gave is used as it is. Where the input was found one sample is enough; and a smaller picture, if the
+    network takes one and its own would cost minutes.
+    """
+    if example_input is not None:
+        return inputs, batch_of(normalise(example_input))
+    guarded = any(node.target is require for node in capture.nodes())
+    for divisor in (4, 3, 2) if made.multiply_adds[1] > _COSTLY and not guarded else ():
+        smaller = pytree.tree_map(functools.partial(_smaller, divisor=divisor), inputs)
+        if accepts(capture.root, smaller):
+            return smaller, 1
+    return inputs, 1
+
+
+_COSTLY = 10**11
+"""Multiply-adds of a teacher, per sample, above which a smaller input is looked for: seconds in float64."""
+
+
+def _smaller(value: Any, divisor: int) -> Any:
+    sizes = list(value.shape[2:]) if isinstance(value, Tensor) and value.dim() > 3 else []
+    if not sizes or any(n % divisor for n in sizes):
+        return value
+    return value.new_empty((*value.shape[:2], *(n // divisor for n in sizes)))
 
 
 def verify_plan(model: nn.Module, capture: Capture, made: Plan, inputs: Inputs, batch: int | None) -> float:
-    """Compare student and teacher at every node in float64; returns the largest relative error."""
+    """Compare student and teacher at every node in float64; returns the largest relative error.
+
+    Args:
+        model: the student.
+        capture: its recorded forward pass.
+        made: the plan.
+        inputs: shapes of the inputs, on the meta device: those of the plan, or others that the network takes.
+        batch: samples to use; None for as many as the plan has.
+
+    Raises:
+        VerificationError: they differ.
+    """
+    try:
+        return _verified(model, capture, made, inputs, batch)
+    except OtherBatch:
+        return _verified(model, capture, made, inputs_from_json(made.inputs), None)
+
+
+def _verified(model: nn.Module, capture: Capture, made: Plan, inputs: Inputs, batch: int | None) -> float:
     device = next(model.parameters()).device
     if device.type == "meta":
         return 0.0
@@ -116,7 +159,8 @@ def verify_plan(model: nn.Module, capture: Capture, made: Plan, inputs: Inputs, 
         torch.manual_seed(0)
         real = random_like(inputs, where, torch.float64, batch)
     parts = {
-        path: (programs, _moved(steps, where)) for path, (programs, steps) in programs_of_parts(capture, made).items()
+        path: (programs, _moved(dict(steps), where), call)
+        for path, (programs, steps, call) in programs_of_parts(capture, made).items()
     }
     worst = 0.0
     for part in reversed(capture.all):

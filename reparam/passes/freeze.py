@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,10 +13,12 @@ from reparam.ops.params import ParamMap
 from reparam.passes.capture import Capture, key_of
 from reparam.passes.example import Inputs, describe_inputs
 from reparam.passes.layers import find_layers, resolve
+from reparam.passes.modes import require
 from reparam.passes.plan import EditPlan, LayerPlan, Plan
 from reparam.passes.planner import Planner
 from reparam.passes.ratios import Ratio, Ratios
 from reparam.passes.skeleton import canonical_names, named_tensors
+from reparam.passes.splits import Choices
 from reparam.passes.state import State, operator_name
 from reparam.passes.streams import Streams
 from reparam.passes.values import Pair, walk
@@ -29,7 +30,7 @@ def make_plan(
     inputs: Inputs,
     ratio: Ratio,
     ignored: dict[str, str],
-    choices: Mapping[str, int],
+    choices: Choices,
 ) -> tuple[Plan, State]:
     """Plan to a fixpoint and freeze the decisions.
 
@@ -65,7 +66,7 @@ def make_plan(
     return made, state
 
 
-def _ratios(capture: Capture, ratio: Ratio, ignored: dict[str, str], choices: Mapping[str, int]) -> Ratios:
+def _ratios(capture: Capture, ratio: Ratio, ignored: dict[str, str], choices: Choices) -> Ratios:
     """Decide the ratio of every layer; for a mapping, a planning pass with one ratio shows which layers must agree."""
     if isinstance(ratio, int):
         return Ratios(ratio)
@@ -140,11 +141,21 @@ def _wide_parameters(model: nn.Module, params: dict[str, ParamMap]) -> int:
 
 
 def _notes(capture: Capture) -> list[str]:
+    guarded = sorted({node.meta["specialised"] for node in capture.nodes() if node.target is require})
+    notes = (
+        [
+            "recorded for the sizes of the example input, because they branch on sizes: "
+            f"{', '.join(guarded)}; sizes that would take another branch are refused when the teacher runs"
+        ]
+        if guarded
+        else []
+    )
     if not capture.eval_only:
-        return []
+        return notes
     return [
+        *notes,
         "the network branches on its training flag and its train mode cannot be recorded: the teacher keeps the eval "
-        "mode branch in both modes"
+        "mode branch in both modes",
     ]
 
 

@@ -12,12 +12,13 @@ from reparam.passes.example import Inputs, batch_of
 from reparam.passes.meta import Unknown, run_leaf_on_meta, run_on_meta
 from reparam.passes.modes import require
 from reparam.passes.skeleton import to_meta
+from reparam.passes.values import plain
 
 
 def broken_guards(capture: Capture, inputs: Inputs) -> set[str]:
-    """Return the specialised modules and functions whose guards fail for one sample more.
+    """Return the specialised modules and functions whose guards depend on the number of samples.
 
-    A recording that holds for one batch size only would be of no use.
+    A recording that holds for some batch sizes only would be of little use.
     """
     batch = batch_of(inputs)
     if batch is None:
@@ -37,7 +38,7 @@ def broken_guards(capture: Capture, inputs: Inputs) -> set[str]:
                 env[node] = next(feeds)
             elif node in needed:
                 env[node] = _run(mode, node, env)
-            elif node in guards and env.get(node.args[0]) != node.args[1]:
+            elif node in guards and any(env.get(n) != n.meta.get("val") for n in _numbers(node)):
                 broken.add(node.meta["specialised"])
     return broken
 
@@ -54,8 +55,20 @@ def _behind(guards: list[fx.Node]) -> set[fx.Node]:
     return found
 
 
+def _numbers(guard: fx.Node) -> set[fx.Node]:
+    """The numbers that a guard is computed from, up to the sizes that they are read from."""
+    found: set[fx.Node] = set()
+    stack = list(guard.all_input_nodes)
+    while stack:
+        node = stack.pop()
+        if node not in found and isinstance(node.meta.get("val"), (int, float)):
+            found.add(node)
+            stack += node.all_input_nodes
+    return found
+
+
 def _run(capture: Capture, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])
+    args, kwargs = plain(fx.node.map_arg((node.args, node.kwargs), lambda n: env[n]))
     try:
         if node.op == "get_attr":
             return node.meta["val"]

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.utils import parametrizations, spectral_norm
 from torch.utils import checkpoint
 
-from reparam.passes.torch_modules import Patch, Record, is_symbolic, torch_modules
+from reparam.passes.torch_modules import Patch, Record, everywhere, is_symbolic, torch_modules
 from reparam.passes.torch_recurrent import torch_recurrent
 
 
@@ -52,7 +52,7 @@ _FACTORIES = "zeros ones empty full rand randn randint arange linspace eye".spli
 
 
 @contextlib.contextmanager
-def intrinsics(record: Record) -> Iterator[None]:
+def intrinsics(record: Record, function: Record) -> Iterator[None]:
     """While active, operators that the tracer cannot look into are recorded as one node each.
 
     These are spectral norms (as ``spectral_normalize``), instance norms, custom autograd functions, factories of
@@ -60,9 +60,11 @@ def intrinsics(record: Record) -> Iterator[None]:
 
     Args:
         record: ``record(function, args, kwargs)`` returns the recorded value, or NotImplemented to run torch's code.
+        function: the same for functions that may be traced into, or recorded as one operator.
     """
     patches = [*_spectral_norms(record), *_instance_norms(), *_autograd_functions(record), *_factories(record)]
     patches += [*_checkpoints(), *_same_paddings(record), *torch_modules(record), *torch_recurrent(record)]
+    patches += _branching_functions(function)
     with contextlib.ExitStack() as stack:
         for holder, name, value in patches:
             stack.callback(_restore, holder, name, vars(holder).get(name, _MISSING))
@@ -164,7 +166,14 @@ def _symbolic(record: Record, plain: Any) -> Any:
         value = record(plain, args, kwargs) if is_symbolic(args, kwargs) else NotImplemented
         return plain(*args, **kwargs) if value is NotImplemented else value
 
+    make.reparam_plain = plain  # type: ignore[attr-defined]
     return make
+
+
+def _branching_functions(record: Record) -> list[Patch]:
+    """Let timm's functions that branch (it lists them) be one operator where the branch asks for a size."""
+    listed = vars(sys.modules.get("timm.layers._fx", object)).get("_autowrap_functions", ())
+    return [patch for plain in listed for patch in everywhere(plain.__name__, plain, _symbolic(record, plain))]
 
 
 def _factories(record: Record) -> list[Patch]:

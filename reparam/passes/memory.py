@@ -19,12 +19,14 @@ class Memory:
 
     Args:
         structural: modules, and training flags, whose train mode does other things than their eval mode.
+        indifferent: training flags that decide nothing, for this network and these inputs.
         results: module or operator, and inputs -> its result, where that is one new tensor.
         runs: operator and inputs of the teacher's world -> its result.
         graphs: module, mode and inputs -> the graph inside it.
     """
 
     structural: set[Hashable] = field(default_factory=set)
+    indifferent: set[str] = field(default_factory=set)
     results: dict[Hashable, Any] = field(default_factory=dict)
     runs: dict[Hashable, Any] = field(default_factory=dict)
     graphs: dict[Hashable, fx.Graph] = field(default_factory=dict)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from reparam.passes.restore import unchanged
 from reparam.passes.skeleton import rebuild, to_meta
 
 
@@ -64,7 +65,7 @@ def _to_meta(value: Any) -> Any:
 def run_module_on_meta(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Run a module with meta parameters on meta inputs; its state is not changed."""
     args, kwargs = pytree.tree_map(_to_meta, (tuple(args), dict(kwargs)))
-    with torch.no_grad(), torch.device("meta"), _plain_tensors_on_meta(module):
+    with torch.no_grad(), torch.device("meta"), unchanged(module), _plain_tensors_on_meta(module):
         return module(*args, **kwargs)
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import types
-from collections.abc import Callable, Collection, Iterator, Mapping
-from functools import partial
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,11 +21,13 @@ from reparam.errors import CaptureError
 from reparam.ops.steps import STEPS
 from reparam.passes.capture import Capture, trace
 from reparam.passes.example import Inputs
+from reparam.passes.functionalize import setitem
+from reparam.passes.guards import broken_guards
 from reparam.passes.memory import Memory
-from reparam.passes.meta import run_module_on_meta
+from reparam.passes.meta import describe
 from reparam.passes.modes import require
 from reparam.passes.program import Program
-from reparam.passes.skeleton import rebuild
+from reparam.passes.watch import watch
 
 HOST = "reparam_host"
 """Attribute of a teacher that runs the Python code of a network without a graph."""
@@ -56,6 +58,7 @@ def record(
         capture = opaque_root(root, inputs, str(error))
         capture.memory = memory or Memory()
         capture.parts = find_parts(root, "", inputs, specialised)
+        _drop_shared(capture)
         if not capture.parts:
             raise
         capture.specialised = frozenset(specialised)
@@ -64,7 +67,19 @@ def record(
         if node.op == "call_module" and node.target in opened:
             call = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
             capture.parts |= find_parts(root, str(node.target), (tuple(call[0]), dict(call[1])), specialised)
+    _drop_shared(capture)
     return capture
+
+
+def _drop_shared(capture: Capture) -> None:
+    """Leave modules alone that a graph calls as they are: a part's code is bound to the module itself."""
+    called = {
+        id(capture.root.get_submodule(str(node.target)))
+        for node in capture.nodes()
+        if node.op == "call_module" and node.target
+    }
+    for path in [path for path in capture.parts if id(capture.root.get_submodule(path)) in called]:
+        del capture.parts[path]
 
 
 def opaque_root(root: nn.Module, inputs: Inputs, reason: str) -> Capture:
@@ -102,7 +117,7 @@ def find_parts(root: nn.Module, path: str, inputs: Inputs, specialised: Collecti
         Path in the network -> recorded forward pass.
     """
     module = root.get_submodule(path)
-    calls = _calls_inside(module, inputs)
+    seen = watch(module, inputs)
     found: dict[str, Capture] = {}
 
     def descend(parent: nn.Module, prefix: str) -> None:
@@ -111,7 +126,8 @@ def find_parts(root: nn.Module, path: str, inputs: Inputs, specialised: Collecti
             if next(child.parameters(), None) is None:
                 continue
             full = f"{path}.{inside}" if path else inside
-            part = _record_part(root, full, calls.get(inside, []), specialised)
+            closed = not seen.read_outside(child, inside)
+            part = _record_part(root, full, seen.calls.get(inside, []), specialised) if closed else None
             if part is None:
                 descend(child, inside)
             else:
@@ -119,36 +135,6 @@ def find_parts(root: nn.Module, path: str, inputs: Inputs, specialised: Collecti
 
     descend(module, "")
     return found
-
-
-def _calls_inside(module: nn.Module, inputs: Inputs) -> dict[str, list[Inputs]]:
-    """Run a module and note what its submodules are called with; on zeros where the meta device does not get on."""
-    calls: dict[str, list[Inputs]] = {}
-
-    def note(name: str, _module: nn.Module, args: Any, kwargs: Any) -> None:
-        call = pytree.tree_map(lambda v: v.detach().to("meta") if isinstance(v, Tensor) else v, (args, kwargs))
-        calls.setdefault(name, []).append(call)
-
-    def run(copy: nn.Module, call: Callable[[], Any]) -> bool:
-        calls.clear()
-        for name, child in copy.named_modules():
-            if name:
-                child.register_forward_pre_hook(partial(note, name), with_kwargs=True)
-        try:
-            call()
-        except Exception:
-            return False
-        return True
-
-    copy = rebuild(module, lambda _name, tensor: tensor)
-    if not run(copy, lambda: run_module_on_meta(copy, *inputs)):
-        real = rebuild(module, lambda _name, tensor: torch.zeros_like(tensor, device="cpu"))
-        zeros = pytree.tree_map(lambda v: torch.zeros_like(v, device="cpu") if isinstance(v, Tensor) else v, inputs)
-        seen = dict(calls)
-        with torch.no_grad():
-            run(real.eval(), lambda: real(*zeros[0], **zeros[1]))
-        calls = {**seen, **calls}
-    return calls
 
 
 def _record_part(root: nn.Module, path: str, calls: list[Inputs], specialised: Collection[str]) -> Capture | None:
@@ -160,11 +146,21 @@ def _record_part(root: nn.Module, path: str, calls: list[Inputs], specialised: C
         part = trace(root.get_submodule(path), args, kwargs, specialised=inner)
     except CaptureError:
         return None
+    if part.eval_only or broken_guards(part, (args, kwargs)) or any(_writes_inputs(m.graph) for m in part.modes):
+        return None
     if len({_shapes(call)[1] for call in calls}) > 1 and any(n.target is require for n in part.graph.nodes):
         return None  # its code branches on a size that differs between the calls
     for mode in part.modes:
         _adopt(mode, root, path, (args, kwargs))
     return part
+
+
+def _writes_inputs(graph: fx.Graph) -> bool:
+    """Whether items of an input are set: the graph does that to a copy, and the code around the part may look."""
+    values = [n.meta.get("val") for n in graph.nodes if n.op == "placeholder"]
+    given = {v.untyped_storage()._cdata for v in pytree.tree_leaves(values) if isinstance(v, Tensor)}
+    changed = [n.args[0].meta.get("val") for n in graph.nodes if n.target is setitem and isinstance(n.args[0], fx.Node)]
+    return any(isinstance(v, Tensor) and v.untyped_storage()._cdata in given for v in changed)
 
 
 def _plain(call: Inputs) -> bool:
@@ -211,24 +207,88 @@ def relative(graph: fx.Graph, path: str) -> fx.Graph:
     return graph
 
 
-def bind(module: nn.Module, programs: list[Program], steps: Mapping[str, nn.Module]) -> None:
+def bind(module: nn.Module, programs: list[Program], steps: Mapping[str, nn.Module], given: Given) -> None:
     """Let a module run its program instead of its class's forward; by its train mode where there are two."""
     if steps:
         module.add_module(STEPS, nn.ModuleDict(dict(steps)))
     functions = [program.function() for program in programs]
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return functions[-1 if self.training else 0](self, *args, **kwargs)
+        taken, named = given.tensors(args, kwargs)
+        return functions[-1 if self.training else 0](self, *taken, **named)
 
     vars(module)["forward"] = types.MethodType(forward, module)
 
 
+@dataclass(frozen=True)
+class Given:
+    """What a part was recorded with: its graph holds for calls like that one.
+
+    Args:
+        path: of the part.
+        inputs: on the meta device.
+    """
+
+    path: str
+    inputs: Inputs
+
+    def tensors(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+        """Return the arguments that the graph takes: those with tensors. The others are constants of it.
+
+        Raises:
+            RuntimeError: the call differs in more than sizes.
+        """
+        old_args, old_kwargs = self.inputs
+        if len(args) != len(old_args) or kwargs.keys() != old_kwargs.keys():
+            raise self._differs()
+        for new, old in [*zip(args, old_args, strict=True), *((kwargs[name], v) for name, v in old_kwargs.items())]:
+            if not _fits(new, old):
+                raise self._differs()
+        return (
+            [new for new, old in zip(args, old_args, strict=True) if _holds_tensor(old)],
+            {name: new for name, new in kwargs.items() if _holds_tensor(old_kwargs[name])},
+        )
+
+    def _differs(self) -> RuntimeError:
+        return RuntimeError(
+            f"{self.path} was recorded for the call ({describe_call(*self.inputs)}) and is called with other constants "
+            f"or structures now; expand the network again with ignore=['{self.path}.*']"
+        )
+
+
+def describe_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Return a call's arguments for messages."""
+    return ", ".join([*map(describe, args), *(f"{name}={describe(value)}" for name, value in kwargs.items())])
+
+
+def _holds_tensor(value: Any) -> bool:
+    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
+
+
+def _fits(new: Any, old: Any) -> bool:
+    """Whether an argument is like the recorded one: the same constant, or tensors of the same number of dimensions."""
+    (first, one), (second, two) = pytree.tree_flatten(new), pytree.tree_flatten(old)
+    if len(first) != len(second) or one != two:
+        return False
+    constant = not _holds_tensor(old)
+    for a, b in zip(first, second, strict=True):
+        if isinstance(a, Tensor) != isinstance(b, Tensor) or (isinstance(b, Tensor) and a.dim() != b.dim()):
+            return False
+        if constant and not (type(a) is type(b) and a == b):
+            return False
+    return True
+
+
+BoundPart = tuple[list[Program], Mapping[str, nn.Module], Given]
+"""Programs of a part, their steps, and the call they were recorded for."""
+
+
 @contextlib.contextmanager
-def bound(root: nn.Module, parts: Mapping[str, tuple[list[Program], Mapping[str, nn.Module]]]) -> Iterator[None]:
+def bound(root: nn.Module, parts: Mapping[str, BoundPart]) -> Iterator[None]:
     """Bind parts (by path) for the time of a call."""
     try:
-        for path, (programs, steps) in parts.items():
-            bind(root.get_submodule(path), programs, steps)
+        for path, part in parts.items():
+            bind(root.get_submodule(path), *part)
         yield
     finally:
         for path in parts:
@@ -237,11 +297,16 @@ def bound(root: nn.Module, parts: Mapping[str, tuple[list[Program], Mapping[str,
             module._modules.pop(STEPS, None)
 
 
-def host_of(skeleton: nn.Module, teacher: nn.Module) -> nn.Module:
-    """Return a module of the student's class that runs its Python code on the teacher's own modules and tensors."""
-    host: nn.Module = object.__new__(type(skeleton))
-    vars(host).update(vars(skeleton))
+def host_of(source: nn.Module, teacher: nn.Module) -> nn.Module:
+    """Return a module of the student's class that runs its Python code on the teacher's own modules and tensors.
+
+    Args:
+        source: of the student's class, with its plain attributes.
+        teacher: whose modules and tensors it gets.
+    """
+    host: nn.Module = object.__new__(type(source))
+    vars(host).update(vars(source))
     for name in ("_modules", "_parameters", "_buffers"):
         vars(host)[name] = vars(teacher)[name]
-    host.training = teacher.training
+    vars(host)["training"] = teacher.training
     return host

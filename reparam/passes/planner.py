@@ -8,7 +8,6 @@ attributes, from which ``reparam.passes.expand`` makes the plan.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, fx
@@ -25,8 +24,9 @@ from reparam.passes.plan import ContractionPlan
 from reparam.passes.ratios import Ratios
 from reparam.passes.records import note_statistics
 from reparam.passes.registry import find_rule
+from reparam.passes.roles import Roles
 from reparam.passes.skeleton import canonical_names, named_tensors
-from reparam.passes.splits import heads_of
+from reparam.passes.splits import Choices
 from reparam.passes.state import Restart, State, function_key, operator_name
 from reparam.passes.streams import Streams, carry
 from reparam.passes.values import (
@@ -60,7 +60,7 @@ class Planner:
         ratios: Ratios,
         ignored: dict[str, str] | None = None,
         streams: Streams | None = None,
-        choices: Mapping[str, int] | None = None,
+        choices: Choices | None = None,
     ) -> None:
         self.capture, self.ratios, self.streams, self.choices = capture, ratios, streams, choices or {}
         self.ignored = ignored or {}
@@ -71,12 +71,11 @@ class Planner:
         self.inner_graphs: dict[tuple[fx.Node, bool], fx.Graph | Exception] = {}
         self.reaches_mixing: set[fx.Node] = set()
         self.from_input: set[fx.Node] = set()
-        self.heads: set[fx.Node] = set()
+        self.roles = Roles(capture.graphs)
         self.layouts: dict[str, ReplicaMap] = {}
         self.state = State()
         for graph in capture.graphs:
             self._scan(graph)
-            self.heads |= heads_of(graph)
 
     # -- the fixpoint --------------------------------------------------------------------------------------------
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from torch import fx, nn
@@ -26,6 +28,17 @@ def restore(module: nn.Module, state: dict[str, Any]) -> None:
     for name, holder in holders.items():
         if any(holder.get(key) is not value for key, value in state[name].items()):
             holder.update(state[name])
+
+
+@contextlib.contextmanager
+def unchanged(module: nn.Module) -> Iterator[None]:
+    """Undo at the end what code does to the attributes of a module and all inside it: a cache of the eval mode."""
+    states = [(child, snapshot(child)) for child in module.modules()]
+    try:
+        yield
+    finally:
+        for child, state in states:
+            restore(child, state)
 
 
 def depends_on_data(node: fx.Node) -> bool:

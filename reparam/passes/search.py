@@ -18,7 +18,7 @@ from reparam.passes.parts import record
 from reparam.passes.plan import Plan
 from reparam.passes.ratios import Ratio
 from reparam.passes.skeleton import skeleton_of
-from reparam.passes.splits import alternatives, head_counts
+from reparam.passes.splits import Choices, alternatives, head_choices
 from reparam.passes.state import State
 from reparam.passes.validate import ignored_parameters
 
@@ -58,14 +58,12 @@ class Search:
     def __init__(self, model: nn.Module, inputs: Inputs, ratio: Ratio, ignored: dict[str, str], heads: str) -> None:
         self.model, self.inputs, self.ratio, self.ignored, self.heads = model, inputs, ratio, ignored, heads
         self.skeleton, self.memory = skeleton_of(model), Memory()
-        self.choices: dict[str, int] = {}
+        self.choices: dict[str, int | str] = {}
 
     def run(self) -> None:
         """Plan; then look into leaves, then try other choices, then the parts of what has no graph."""
         self.capture = record(self.skeleton, self.inputs, memory=self.memory)
-        self.plan, self.state = self._planned(self.capture, self.choices)
-        if self.heads == "count":
-            self._widen_head_counts()
+        self.plan, self.state = self._planned_heads(self.capture)
         self._look_into_leaves()
         self._choose_splits()
         self._open_leaves()
@@ -73,12 +71,17 @@ class Search:
         if "" in self.capture.leaves and narrow and not self.ignored:
             raise CaptureError(self.capture.leaves[""])
 
-    def _planned(self, capture: Capture, choices: dict[str, int]) -> tuple[Plan, State]:
+    def _planned(self, capture: Capture, choices: Choices) -> tuple[Plan, State]:
         return make_plan(self.model, capture, self.inputs, self.ratio, self.ignored, choices)
 
-    def _widen_head_counts(self) -> None:
-        self.choices = head_counts(self.state.splits)
-        self.plan, self.state = self._planned(self.capture, self.choices)
+    def _planned_heads(self, capture: Capture) -> tuple[Plan, State]:
+        """Plan; once more where heads are split so that what is to be widened is not the last part."""
+        plan, state = self._planned(capture, self.choices)
+        wanted = head_choices(state.splits, "count" if self.heads == "count" else "width")
+        if wanted.items() <= self.choices.items():
+            return plan, state
+        self.choices = {**self.choices, **wanted}
+        return self._planned(capture, self.choices)
 
     def _look_into_leaves(self) -> None:
         """Record modules that branch on sizes or train mode for the example, where they could only stay narrow.
@@ -94,10 +97,7 @@ class Search:
             if broken & wanted:
                 unfit |= broken
                 continue
-            plan, state = self._planned(again, self.choices)
-            if self.heads == "count":
-                self.choices = head_counts(state.splits)
-                plan, state = self._planned(again, self.choices)
+            plan, state = self._planned_heads(again)
             if _gain(plan) <= _gain(self.plan):
                 return
             self.capture, self.plan, self.state = again, plan, state
@@ -135,7 +135,8 @@ def _gain(plan: Plan) -> tuple[float, int]:
 
 def _is_complete(plan: Plan) -> bool:
     """Whether no other choice can widen more; with ratios of their own, where nothing had to be contracted."""
-    return plan.coverage > _ALL or not (isinstance(plan.ratio, int) or plan.contractions)
+    return plan.coverage > _ENOUGH or not (isinstance(plan.ratio, int) or plan.contractions)
 
 
-_ALL = 1 - 1e-9
+_ENOUGH = 0.99
+"""Share of widened weights from which on no other splits are tried: they would move work around for little."""

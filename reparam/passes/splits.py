@@ -7,12 +7,13 @@ narrow, ``reparam.passes.expand`` plans again with another choice for all splits
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from torch import Tensor, fx
+import torch
+from torch import fx
 
 from reparam.ops.maps import ReplicaMap
 from reparam.passes.records import weight_name
@@ -35,28 +36,61 @@ class Split:
         line: file and line.
         parts: into how many dimensions (of more than one index) it is split there.
         heads: it makes the heads of an attention.
+        count: the part that is their number; None where that is not known, or one head.
+        width: the part that is their width; None where that is not known.
     """
 
     line: str
     parts: int
     heads: bool
+    count: int | None = None
+    width: int | None = None
+
+    def part(self, choice: int | str | None) -> int | None:
+        """Return the part that a choice means, None for the default: the last one."""
+        if choice == "count":
+            known = self.count is not None or self.width is not None
+            return self.count if known else self.parts - 2 if self.heads else None
+        if choice == "width":
+            part = self.parts - 2 if self.width is None and self.count == self.parts - 1 else self.width
+            return None if part == self.parts - 1 else part
+        return choice if isinstance(choice, int) and choice < self.parts else None
 
 
-def split_layout(call: Call, x: Pair, dim: int, sizes: list[int]) -> tuple[ReplicaMap, int] | None:
+Choices = Mapping[str, int | str]
+"""By line of code: a part, or what part of the heads (``"count"``, ``"width"``) gets the replicas."""
+
+
+def chosen_part(call: Call, dims: Sequence[int]) -> int | None:
+    """Note that these dimensions of the result could get replicas; returns which one was chosen, None for the last."""
+    planner, line = call.planner, call.node.meta.get("source", "")
+    split = Split(line, len(dims), call.node in planner.roles.heads, *planner.roles.parts(call.node, dims))
+    known = planner.state.splits.get(line)
+    if known is None or known.count is None:
+        planner.state.splits[line] = split
+    return split.part(planner.choices.get(line))
+
+
+def split_layout(call: Call, x: Pair, dim: int, outs: Sequence[int]) -> tuple[ReplicaMap, int] | None:
     """Return the layout that the widened dimension ``dim`` of ``x`` gets by choice, and which part has its replicas.
 
     None where there is no choice to be made, or none was.
+
+    Args:
+        call: the call.
+        x: its input.
+        dim: the dimension that is split.
+        outs: the dimensions of the result into which it is.
     """
+    sizes = [int(call.s.shape[d]) for d in outs]
     parts = [k for k, size in enumerate(sizes) if size > 1]
     phi = x.maps[dim]
     if len(parts) < 2 or phi.uniform is None:
         return None
-    planner = call.planner
-    line = call.node.meta.get("source", "")
-    split = Split(line, len(parts), call.node in planner.heads)
-    planner.state.splits[line] = split
-    choice = planner.choices.get(line)
-    if choice is None or choice >= len(parts):
+    choice = chosen_part(call, [outs[k] for k in parts])
+    if choice is None and sizes[-1] == 2 and all(user.target is torch.view_as_complex for user in call.node.users):
+        choice = len(parts) - 2  # the last part is that of real and imaginary numbers
+    if choice is None:
         return None
     part = parts[choice]
     index = np.arange(phi.size).reshape(sizes).repeat(phi.uniform, axis=part).reshape(-1)
@@ -80,43 +114,17 @@ def _ask_producer(call: Call, dim: int, layout: ReplicaMap) -> None:
     raise Restart
 
 
-def heads_of(graph: fx.Graph) -> set[fx.Node]:
-    """Return the nodes whose values reach an attention (a product of two computed values) before any other mixing."""
-    found: set[fx.Node] = set()
-    for node in reversed(list(graph.nodes)):
-        for user in node.users:
-            if (user in found and not _mixes(user)) or _is_product(user):
-                found.add(node)
-    return found
-
-
-def _mixes(node: fx.Node) -> bool:
-    entry = find_rule(node.op, node.target)
-    if entry is None:
-        return node.op == "call_module"
-    return bool(entry.mixing(node) if callable(entry.mixing) else entry.mixing)
-
-
-def _is_product(node: fx.Node) -> bool:
-    """Whether a node multiplies matrices none of which is a parameter."""
-    entry = find_rule(node.op, node.target)
-    if entry is None or entry.family not in ("attention", "matmul") or not _mixes(node):
-        return False
-    tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
-    return len(tensors) > 1 and not any(n.op == "get_attr" for n in tensors[:2])
-
-
-def alternatives(splits: Mapping[str, Split], heads: str) -> list[dict[str, int]]:
+def alternatives(splits: Mapping[str, Split], heads: str) -> list[dict[str, int | str]]:
     """Return choices to try, each for splits that belong together; the default is the last part everywhere."""
-    found: list[dict[str, int]] = []
+    found: list[dict[str, int | str]] = []
     if heads == "auto":
-        found.append(head_counts(splits))
+        found.append(head_choices(splits, "count"))
     for line, split in splits.items():
         if not split.heads:
             found += [{line: part} for part in range(split.parts - 1)]
     return [choice for choice in found if choice]
 
 
-def head_counts(splits: Mapping[str, Split]) -> dict[str, int]:
-    """Return the choice that widens the number of heads: the part in front of the last one."""
-    return {line: split.parts - 2 for line, split in splits.items() if split.heads}
+def head_choices(splits: Mapping[str, Split], heads: str) -> dict[str, int | str]:
+    """Return the choices that widen the number of heads, or their width, where those are not the default."""
+    return {line: heads for line, split in splits.items() if split.heads and split.part(heads) is not None}

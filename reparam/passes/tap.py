@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx, nn
 
 from reparam.errors import InputError, near_matches
+from reparam.passes.parts import HOST
 from reparam.passes.program import Program
 from reparam.passes.teacher import Teacher
 from reparam.passes.view import StudentView
@@ -19,7 +20,8 @@ def tap(module: nn.Module, names: Sequence[str]) -> nn.Module:
     Args:
         module: a student, a student's view or a teacher.
         names: module paths of the student; the value is what the module returned (at its last call). A teacher's
-            values are wide where the student's are replicated.
+            values are wide where the student's are replicated. Where the network's own code has no graph, the modules
+            that this code calls can be tapped, at the student's width.
 
     Raises:
         InputError: an unknown name (near matches are listed), or one whose module is not called.
@@ -30,7 +32,19 @@ def tap(module: nn.Module, names: Sequence[str]) -> nn.Module:
     for name in wanted:
         if name not in known:
             raise InputError(f"tap: no module {name!r}{near_matches(name, known)}")
+    if isinstance(module, Teacher) and HOST in vars(module):
+        return _HookTap(module, _called_by_host(module, wanted), wanted)
     return _GraphTap(module, wanted) if isinstance(module, Teacher) else _HookTap(module, network, wanted)
+
+
+def _called_by_host(teacher: Teacher, names: list[str]) -> nn.Module:
+    """Return the teacher, whose Python code calls modules; the modules inside its parts are not called any more."""
+    for name in names:
+        above = [name[:k] for k, letter in enumerate(name) if letter == "."]
+        part = next((path for path in above if "forward" in vars(teacher.get_submodule(path))), None)
+        if part is not None:
+            raise InputError(f"tap: {name!r} lies inside {part!r}, which runs as one graph; tap {part!r} itself")
+    return teacher
 
 
 class _HookTap(nn.Module):

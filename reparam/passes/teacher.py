@@ -13,7 +13,7 @@ from reparam.passes.parts import HOST, host_of
 from reparam.passes.plan import Plan
 from reparam.passes.program import Program
 
-_NOT_COPIED = ("_graph", "_views", "_skeleton", "_programs", "meta", "_code", HOST)
+_NOT_COPIED = ("_graph", "_views", "_skeleton", "_programs", "meta", "_code", "_shell", HOST)
 _METHODS = ("no_weight_decay", "no_weight_decay_keywords", "group_matcher")
 
 
@@ -25,7 +25,14 @@ class Teacher(fx.GraphModule):
     the student's own norm statistics.
     """
 
-    def __init__(self, root: nn.Module, programs: Sequence[Program], plan: Plan, skeleton: nn.Module) -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        programs: Sequence[Program],
+        plan: Plan,
+        skeleton: nn.Module,
+        shell: nn.Module | None = None,
+    ) -> None:
         super().__init__(nn.Module(), fx.Graph(), class_name=f"{plan.model}Teacher")
         # Adopt the whole tree: fx would copy only what the graph refers to, and drop buffers and train flags.
         for name, value in vars(root).items():
@@ -46,20 +53,20 @@ class Teacher(fx.GraphModule):
         self._programs = tuple(programs)
         # In a tuple as well: the view's parameters are this module's, it must be no submodule either.
         self._views: tuple[Any, ...] = ()
-        self._adopt_host()
-        self.graph = self._programs[0].graph
-
-    def _adopt_host(self) -> None:
-        """Where the student's own forward has no graph, its Python code runs on the teacher's modules."""
+        # Of the student's class, over this module's own tensors: it runs what Python code of that class is needed.
+        self._shell = (host_of(root if shell is None else shell, self),)
         if any(node.target == HOST for node in self._programs[0].graph.nodes):
             # Past nn.Module, which would register it: its modules are this module's own.
-            self.__dict__[HOST] = host_of(self.skeleton, self)
+            self.__dict__[HOST] = self._shell[0]
+        self.graph = self._programs[0].graph
 
     def train(self, mode: bool = True) -> Teacher:
-        """Set the train mode."""
+        """Set the train mode, as the student's own class does: it may keep some norms in eval mode."""
         super().train(mode)
-        if HOST in self.__dict__:
-            self.__dict__[HOST].training = mode
+        shell = self._shell[0]
+        if type(shell).train is not nn.Module.train:
+            shell.train(mode)
+        shell.training = mode
         return self
 
     def recompile(self) -> Any:
@@ -102,7 +109,11 @@ class Teacher(fx.GraphModule):
         root = nn.Module()
         mine = {k: v for k, v in vars(self).items() if k not in _NOT_COPIED}
         root.__dict__.update({k: copy.deepcopy(v, memo) for k, v in mine.items()})
-        result = Teacher(root, [p.copy() for p in self._programs], self.plan, copy.deepcopy(self.skeleton))
+        # Its plain attributes may hold modules of this teacher, in a list for instance: the copy's hold the copies.
+        shell: nn.Module = object.__new__(type(self._shell[0]))
+        memo[id(self._shell[0])] = shell
+        vars(shell).update({k: copy.deepcopy(v, memo) for k, v in vars(self._shell[0]).items()})
+        result = Teacher(root, [p.copy() for p in self._programs], self.plan, copy.deepcopy(self.skeleton), shell)
         result.meta.update({k: v for k, v in self.meta.items() if k != "reparam"})
         memo[id(self)] = result
         for old in self._views:

@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from reparam.passes.answers import Answers, name_of
 from reparam.passes.functionalize import chunk, drop_unused, functionalize, refuse_new_weights, setitem
 from reparam.passes.intrinsics import intrinsics
 from reparam.passes.memory import Memory, remember, remembered, shapes_of, signature
 from reparam.passes.meta import Unknown, run_leaf_on_meta, run_on_meta
-from reparam.passes.modes import BranchOnTraining, choose, differences, put, require, require_mode
-from reparam.passes.proxies import HintProxy, iter_nodes, nodes_of, proxies_have_types, source_line
+from reparam.passes.modes import require, require_mode
+from reparam.passes.proxies import HintProxy, nodes_of, proxies_have_types, source_line
+from reparam.passes.recorder import Recorder
 from reparam.passes.restore import refuse_assigned_buffers, restore, snapshot
 from reparam.passes.skeleton import named_tensors, to_meta
 from reparam.passes.state import function_key
@@ -57,7 +57,7 @@ def _training_property() -> Iterator[None]:
         del nn.Module.training
 
 
-class ModelTracer(Answers):
+class ModelTracer(Recorder):
     """See the module's docstring.
 
     Args:
@@ -85,7 +85,7 @@ class ModelTracer(Answers):
         self.fixed_training, self.specialised, self.mode = training, specialised, mode
         self.memory = memory or Memory()
         self.read_mode = False
-        self.functions: list[str] = []
+        self.running: list[str] = [""]
         self.flags: dict[str, bool] = {}
         self.outputs: dict[str, list[Any]] = {}
         self.leaves: dict[str, str] = {}
@@ -104,7 +104,7 @@ class ModelTracer(Answers):
         states = [(module, snapshot(module)) for module in root.modules()]
         _TRACERS.append(self)
         try:
-            with _training_property(), proxies_have_types(), intrinsics(self._intrinsic):
+            with _training_property(), proxies_have_types(), intrinsics(self._intrinsic, self._function):
                 graph = super().trace(root, concrete_args)
                 refuse_assigned_buffers(root)
         finally:
@@ -160,15 +160,34 @@ class ModelTracer(Answers):
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> Any:
         """Record an operator; a Python function that libraries keep from being traced into, where that is asked for."""
+        target = getattr(target, "reparam_plain", target)
         if kind == "call_function" and isinstance(target, FunctionType) and self.specialised and not self._evaluating:
             name = function_key(target)
-            if name in self.specialised and name not in self.functions:
-                self.functions.append(name)
-                try:
-                    return target(*args, **kwargs)
-                finally:
-                    self.functions.pop()
+            if name in self.specialised and name not in self.running:
+                return self._inside(name, target, args, kwargs)
         return super().create_proxy(kind, target, args, kwargs, *rest, **options)
+
+    def _inside(self, name: str, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        self.running.append(name)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            self.running.pop()
+
+    def _function(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Trace into a function, or keep it as one operator where that fails."""
+        if self._evaluating or self is not _TRACERS[-1] or self.fixed_training is not None:
+            return NotImplemented
+        mark, name = self.last_node(), function_key(function)
+        try:
+            value = self._inside(name, function, args, kwargs)
+            self.check_known(mark)
+            return value
+        except Exception:
+            self.rollback(mark)
+            if name in self.specialised:
+                raise
+            return self.create_proxy("call_function", function, args, kwargs)
 
     def create_node(
         self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None
@@ -264,13 +283,14 @@ class ModelTracer(Answers):
         if self._evaluating or self.submodule_paths is None or m not in self.submodule_paths:
             return forward(*args, **kwargs)
         path = self.submodule_paths[m]
-        mark = self._last_node()
+        mark = self.last_node()
         state = snapshot(m)
         self.path.append(path)
+        self.running.append(path)
         try:
-            result = self._recorded(m, lambda: forward(*args, **kwargs), mark, state)
+            result = self.recorded(m, lambda: forward(*args, **kwargs), mark, state)
         except Exception as error:
-            self._rollback(mark)
+            self.rollback(mark)
             # Code that failed half way may have left symbolic values in the module's attributes.
             restore(m, state)
             self.leaves[path] = f"{type(error).__name__}: {error}"
@@ -279,109 +299,9 @@ class ModelTracer(Answers):
                 raise
         finally:
             self.path.pop()
+            self.running.pop()
         self.outputs.setdefault(path, []).append(nodes_of(result))
         return result
-
-    def _recorded(self, m: nn.Module, forward: Callable[[], Any], mark: fx.Node | None, state: dict[str, Any]) -> Any:
-        """Run ``forward``; where it branches on a training flag, in both modes."""
-        try:
-            result = forward()
-            self._check_known(mark)
-            refuse_assigned_buffers(m)
-            return result
-        except BranchOnTraining as branch:
-            if branch.target in self.flags:
-                raise
-            self._rollback(mark)
-            restore(m, state)
-            known = signature(m) or branch.target
-            if known not in self.memory.structural:
-                merged = self._merged(m, branch.target, forward, mark, state)
-                if merged is not None:
-                    return merged[0]
-                self.memory.structural.add(known)
-            if self.path[-1] not in self.specialised:
-                raise fx.proxy.TraceError(f"{branch}, and does other things in train mode") from branch
-            return self._in_one_mode(m, branch.target, forward, mark, state)
-
-    def _merged(
-        self, m: nn.Module, target: str, forward: Callable[[], Any], mark: fx.Node | None, state: dict[str, Any]
-    ) -> tuple[Any] | None:
-        """Record both modes; where they differ in constants only, the flag chooses those. None where in more."""
-        runs: list[tuple[list[fx.Node], Any]] = []
-        first = mark
-        try:
-            for flag in (False, True):
-                restore(m, state)
-                self.flags[target] = flag
-                first = self._last_node()
-                result = self._recorded(m, forward, first, state)
-                runs.append((self._nodes_after(first), result))
-        except Exception:
-            if not runs:
-                raise
-        finally:
-            del self.flags[target]
-        results = tuple(nodes_of(result) for _nodes, result in runs)
-        unlike = differences(runs[0][0], runs[1][0], results) if len(runs) == 2 else None
-        if unlike is None:
-            self._rollback(mark)
-            restore(m, state)
-            return None
-        self._rollback(first)
-        for found in unlike:
-            with self.graph.inserting_before(found.node):
-                flag_node = self.create_node("get_attr", target, (), {})
-                chosen = self.create_node("call_function", choose, (flag_node, found.second, found.first), {})
-            for new in (flag_node, chosen):
-                new.meta.update({key: found.node.meta[key] for key in ("module", "source")})
-            chosen.meta["val"] = found.first  # the values behind it are those of eval mode
-            put(found.node, found.place, chosen)
-        return (runs[0][1],)
-
-    def _in_one_mode(
-        self, m: nn.Module, target: str, forward: Callable[[], Any], mark: fx.Node | None, state: dict[str, Any]
-    ) -> Any:
-        self.read_mode = True
-        flag = self.create_proxy("get_attr", target, (), {})
-        self.create_proxy("call_function", require_mode, (flag, self.mode, target.rpartition(".")[0]), {})
-        self.flags[target] = self.mode
-        try:
-            return self._recorded(m, forward, mark, state)
-        finally:
-            del self.flags[target]
-
-    def _last_node(self) -> fx.Node | None:
-        return next(iter(reversed(self.graph.nodes)), None)
-
-    def _nodes_after(self, mark: fx.Node | None) -> list[fx.Node]:
-        found = []
-        for node in reversed(self.graph.nodes):
-            if node is mark:
-                break
-            found.append(node)
-        return found[::-1]
-
-    def _check_known(self, mark: fx.Node | None) -> None:
-        node = self._last_node()
-        while node is not None and node is not mark and node.op != "root":
-            if isinstance(node.meta.get("val"), Unknown):
-                source = node.meta.get("source", "")
-                raise fx.proxy.TraceError(f"{source}: {name_of(node)}: {node.meta['val'].reason}")
-            node = node.prev
-
-    def _rollback(self, mark: fx.Node | None) -> None:
-        erased = set()
-        for node in reversed(list(self.graph.nodes)):
-            if node is mark:
-                break
-            erased.add(node)
-            self.graph.erase_node(node)
-        for name in [n for n, p in self._cache.items() if p.node in erased]:
-            del self._cache[name]
-        for path in list(self.outputs):
-            calls = self.outputs[path]
-            calls[:] = [c for c in calls if not any(n in erased for n in iter_nodes(c))]
 
 
 def _parameter_names(function: Callable[..., Any]) -> list[str]:

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from reparam.ops.steps import STEPS, Step
 from reparam.passes.capture import Capture, key_of
-from reparam.passes.parts import HOST, bind, relative
+from reparam.passes.parts import HOST, BoundPart, Given, bind, relative
 from reparam.passes.plan import STATISTICS, EditPlan, Plan
 from reparam.passes.program import Program
 from reparam.passes.skeleton import canonical_names, module_and_attribute, rebuild
@@ -51,21 +51,35 @@ def build_teacher(model: nn.Module, capture: Capture, plan: Plan, noise: float) 
             holder.add_module(name, module.to(_device(model)))
         holder.train(model.training)
         root.add_module(STEPS, holder)
-    for path, (part_programs, part_steps) in programs_of_parts(capture, plan).items():
+    for path, (part_programs, part_steps, given) in programs_of_parts(capture, plan).items():
         module = root.get_submodule(path)
         moved = {name: step.to(_device(model)).train(module.training) for name, step in part_steps.items()}
-        bind(module, part_programs, moved)
+        bind(module, part_programs, moved, given)
     return Teacher(root, programs, plan, capture.root)
 
 
-def programs_of_parts(capture: Capture, plan: Plan) -> dict[str, tuple[list[Program], dict[str, nn.Module]]]:
-    """Return the rewritten programs of all parts, one per train mode that differs, and their steps; by path."""
-    result = {}
+def programs_of_parts(capture: Capture, plan: Plan) -> dict[str, BoundPart]:
+    """Return what runs in place of the parts' own code, by path; a part in which nothing is wider stays as it is."""
+    result: dict[str, BoundPart] = {}
+    canonical = canonical_names(capture.root)
     for path, part in capture.parts.items():
+        if not any(_is_changed(mode, plan, canonical) for mode in part.modes):
+            continue
         steps: dict[str, nn.Module] = {}
         graphs = [rewrite(mode.graph, plan.edits, steps)[0] for mode in part.modes]
-        result[path] = ([Program(relative(graph, path)) for graph in graphs], steps)
+        result[path] = [Program(relative(graph, path)) for graph in graphs], steps, Given(path, part.inputs)
     return result
+
+
+def _is_changed(part: Capture, plan: Plan, canonical: Mapping[str, str]) -> bool:
+    for node in part.graph.nodes:
+        inside = f"{node.target}."
+        used = [node.target] if node.op == "get_attr" else [n for n in canonical if n.startswith(inside)]
+        if node.op not in ("get_attr", "call_module"):
+            used = []
+        if key_of(node) in plan.edits or any(canonical.get(name) in plan.params for name in used):
+            return True
+    return False
 
 
 def _device(model: nn.Module) -> torch.device:

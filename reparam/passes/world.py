@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from reparam.passes.modes import require, require_mode
 from reparam.passes.parts import HOST, bound
-from reparam.passes.skeleton import module_and_attribute, named_tensors
+from reparam.passes.restore import unchanged
+from reparam.passes.skeleton import canonical_names, first_floating_dtype, module_and_attribute
+from reparam.passes.values import plain
 from reparam.passes.widen import stated_widths
 
 Fetch = Callable[[str], Any]
@@ -35,7 +38,7 @@ class World:
     ) -> None:
         self.root, self.tensors, self.steps, self.parts = root, tensors, steps or {}, parts or {}
         self.attributes = attributes
-        self.rounds = False  # whether the network's own code computes in a narrower type somewhere
+        self.single = False  # whether the last node did not run in float64
         self.env: dict[fx.Node, Any] = {}
         order = {node: k for k, node in enumerate(graph.nodes)}
         self.last: dict[fx.Node, list[fx.Node]] = {}
@@ -45,18 +48,12 @@ class World:
 
     def run(self, node: fx.Node, feeds: dict[str, Any]) -> None:
         """Compute one node."""
+        self.single = False
         if node.op == "placeholder":
             self.env[node] = pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, feeds[node.name])
             return
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self.env[n])
-        args, kwargs = pytree.tree_map(self._wide_dtype, (args, kwargs))
+        args, kwargs = plain(fx.node.map_arg((node.args, node.kwargs), lambda n: self.env[n]))
         self.env[node] = self.call(node, args, kwargs)
-
-    def _wide_dtype(self, value: Any) -> Any:
-        if value in (torch.float32, torch.float16, torch.bfloat16) and isinstance(value, torch.dtype):
-            self.rounds = True
-            return torch.float64
-        return value
 
     def free(self, node: fx.Node) -> None:
         """Drop the values that nothing needs after ``node``."""
@@ -73,10 +70,7 @@ class World:
         if node.op == "get_attr":
             return self._attribute(target)
         if node.op == "call_method":
-            rounds = target in ("half", "float", "bfloat16")
-            self.rounds |= rounds
-            name = "double" if rounds else target
-            return getattr(args[0], name)(*args[1:], **kwargs)
+            return getattr(args[0], target)(*args[1:], **kwargs)
         if node.op == "call_module":
             return self._module(target, args, kwargs)
         return target(*args, **kwargs)
@@ -103,11 +97,65 @@ class World:
             return step(*args, **kwargs)
         name = "" if name == HOST else name
         module, prefix = self.root.get_submodule(name), f"{name}." if name else ""
-        tensors = {n: self.tensors(prefix + n) for n, _t in named_tensors(module)}
+        canonical = canonical_names(module)
+        first = {n: self.tensors(prefix + n) for n in dict.fromkeys(canonical.values())}
+        tensors = {n: first[same] for n, same in canonical.items()}
         own = {n: v for n, v in (self.attributes or {}).items() if n.startswith(prefix)}
         inside = {path: part for path, part in self.parts.items() if path.startswith(prefix)}
-        with eval_mode(module), _attributes(self.root, own), self._widths(module, tensors), bound(self.root, inside):
-            return functional_call(module, tensors, args, kwargs)
+        with (
+            unchanged(module),  # the other world, and the student's view, run the same module
+            eval_mode(module),
+            _attributes(self.root, own),
+            self._widths(module, tensors),
+            bound(self.root, inside),
+        ):
+            try:
+                with in_double():
+                    return functional_call(module, first, args, kwargs)
+            except (RuntimeError, TypeError) as error:
+                if not _is_about_dtypes(error):
+                    raise
+            # Its code makes single precision numbers in a way of its own: it runs as it does for a user.
+            self.single = True
+            dtype = first_floating_dtype(self.root)
+            first, args, kwargs = _cast((first, args, kwargs), dtype)
+            return _cast(functional_call(module, first, args, kwargs), torch.float64)
+
+
+class _Doubles(TorchFunctionMode):
+    """Python code that asks for single precision gets float64: ``x.float()``, ``torch.zeros(n, dtype=...)``."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operator."""
+        if func in (Tensor.float, Tensor.half, Tensor.bfloat16):
+            return args[0].double()
+        args, kwargs = pytree.tree_map(_wider, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def in_double() -> Iterator[None]:
+    """Let Python code compute in float64 all through, also what it computes from sizes alone (grids, anchors)."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _Doubles():
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _wider(value: Any) -> Any:
+    narrow = isinstance(value, torch.dtype) and value in (torch.float32, torch.float16, torch.bfloat16)
+    return torch.float64 if narrow else value
+
+
+def _cast(values: Any, dtype: torch.dtype | None) -> Any:
+    return pytree.tree_map(lambda v: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v, values)
+
+
+def _is_about_dtypes(error: Exception) -> bool:
+    return any(word in str(error) for word in ("dtype", "scalar type", "data type", "same type"))
 
 
 @contextlib.contextmanager

@@ -37,6 +37,9 @@ def attention(
     names = [name for name in _TENSORS if call.get(name) is not None]
     rank = call.s.dim()
     for name in names:
+        if isinstance(call.get(name), Free):
+            call.match(name, _maps_of_others(call, name, names))
+    for name in names:
         x = call.pair(name)
         tokens = [x.ndim - 2] if name != "attn_mask" else [x.ndim - 2, x.ndim - 1]
         call.narrow(name, [d for d in tokens if d in x.maps], "replicas along its tokens")
@@ -44,6 +47,20 @@ def attention(
     _scaled(call, scale)
     own = call.pair("value").maps.get(call.pair("value").ndim - 1)
     return call.result({**maps, **({} if own is None else {rank - 1: own})})
+
+
+def _maps_of_others(call: Call, name: str, names: list[str]) -> Maps:
+    """What a tensor that comes from parameters alone (learned queries, biases) is asked for: the maps it will meet."""
+    own = student(call.get(name))
+    maps: Maps = {}
+    for other in names:
+        x = call.get(other)
+        shared = own.dim() if {name, other} == {"query", "key"} else own.dim() - 2
+        for dim in range(shared) if isinstance(x, Pair) else ():
+            phi = x.maps.get(dim - own.dim() + x.ndim)
+            if phi is not None and dim != own.dim() - 2 and phi.size == own.shape[dim]:
+                maps.setdefault(dim, phi)
+    return maps
 
 
 def _scaled(call: Call, scale: Value) -> None:

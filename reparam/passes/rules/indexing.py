@@ -65,11 +65,23 @@ def split(call: Call, tensor: Value, split_size_or_sections: Value, dim: Value =
 
 
 @rule(torch.tensor_split, "tensor_split")
-def tensor_split(call: Call, input: Value, indices_or_sections: Value, dim: Value = 0) -> Value:
+def tensor_split(
+    call: Call,
+    input: Value,
+    indices_or_sections: Value = None,
+    dim: Value = 0,
+    *,
+    indices: Value = None,
+    sections: Value = None,
+) -> Value:
     """Pieces of nearly equal sizes, or between given positions."""
-    name = "indices_or_sections"
+    given = {"indices_or_sections": indices_or_sections, "indices": indices, "sections": sections}
+    name = next(name for name, value in given.items() if value is not None)
     cuts = _cuts(call, "input", dim)
-    if cuts and isinstance(call.source(name), (tuple, list, int)):
+    if cuts and name == "sections":
+        if len({b - a for a, b in pairwise(cuts)}) > 1:
+            raise Refuse("uneven pieces of a widened dimension")
+    elif cuts and isinstance(call.source(name), (tuple, list, int)):
         call.set(name, cuts[1:-1])
     return _pieces(call, "input", dim)
 
@@ -173,6 +185,39 @@ def _positions(call: Call, name: Name, axis: int, index: Name) -> ReplicaMap | N
     chosen = ReplicaMap.repeat(place.s.shape[0], phi.uniform)
     call.insert(index, Positions(phi.uniform), Pair(place.s, wide, {0: chosen}))
     return chosen
+
+
+@rule(torch.gather, "gather")
+def gather(call: Call, input: Value, dim: Value, index: Value, *, sparse_grad: Value = False) -> Value:
+    """A look-up along one dimension, for each place of the others: those of the index follow the input's."""
+    return call.result(_looked_up(call, dim, ["input", "index"]))
+
+
+@rule(
+    torch.scatter, "scatter", "scatter_", torch.scatter_add, "scatter_add", "scatter_add_", torch.scatter_reduce,
+    "scatter_reduce", "scatter_reduce_",
+)  # fmt: skip
+def scatter(call: Call, input: Value, dim: Value, index: Value, src: Value, *args: Value, **kwargs: Value) -> Value:
+    """The reverse of ``gather``: values, or one number, go to positions along one dimension."""
+    names: list[Name] = ["input", "index", *(["src"] if isinstance(src, (Pair, Free)) else [])]
+    return call.result(_looked_up(call, dim, names))
+
+
+def _looked_up(call: Call, dim: int, names: list[Name]) -> Maps:
+    """Give all tensors one map in every dimension but ``dim``, where positions count."""
+    pairs = [student(call.get(name)) for name in names]
+    axis = dim % pairs[0].dim()
+    found: Maps = {}
+    for d in range(pairs[0].dim()):
+        maps = [v.maps[d] for n in names if isinstance(v := call.get(n), Pair) and d in v.maps]
+        if d != axis and maps and len({pair.shape[d] for pair in pairs}) == 1:
+            found[d] = max(maps, key=len)
+        elif maps:
+            for name in names:
+                call.narrow(name, [d], "a look-up along the channels")
+    for name in names:
+        call.match(name, found)
+    return found
 
 
 # -- indexing ------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any
 
@@ -14,6 +15,7 @@ from reparam.passes.call import At, Call, counts_scale
 from reparam.passes.records import record_layer
 from reparam.passes.registry import rule
 from reparam.passes.rules.linear import output_map
+from reparam.passes.splits import chosen_part
 from reparam.passes.streams import produced
 from reparam.passes.values import Free, Pair, Refuse, Value, student
 
@@ -53,10 +55,12 @@ def _letters(call: Call, equation: str, places: list[At]) -> tuple[list[str], st
 def sum_product(call: Call, places: list[At], letters: list[str], output: str) -> Maps:
     """Give every letter one map in all operands and divide by the counts of the summed letters.
 
-    A parameter takes its share of the division into itself where one letter of it is summed.
+    A parameter takes its share of the division into itself where one widened letter of it is summed. A table of
+    positions is no such parameter: its own letter counts tokens, which are not repeated.
     """
     chosen = {letter: _map_of(call, places, letters, letter) for letter in dict.fromkeys("".join(letters))}
     summed = [letter for letter in chosen if letter not in output]
+    tables = call.planner.roles.tables
     for letter in summed:
         phi = chosen[letter]
         if phi is not None and phi.uniform is None:
@@ -66,8 +70,10 @@ def sum_product(call: Call, places: list[At], letters: list[str], output: str) -
         if isinstance(value, Free):
             inputs = [k for k, letter in enumerate(term) if letter in summed]
             outs = [k for k, letter in enumerate(term) if letter in output and _only_in(letter, term, letters)]
-            if len(inputs) == 1 and len(outs) == 1 and len(set(term)) == len(term):
-                return _with_weight(call, places, letters, output, place, inputs[0], outs[0], chosen)
+            mapped = [k for k in inputs if chosen[term[k]] is not None]
+            if inputs and outs and len(set(term)) == len(term) and call.node not in tables:
+                in_dim = mapped[0] if mapped else inputs[-1]
+                return _with_weight(call, places, letters, output, place, in_dim, outs, chosen)
     for place, term in zip(places, letters, strict=True):
         call.match(
             place, {k: m for k, c in enumerate(term) if (m := chosen[c]) is not None and _fits(call, place, k, m)}
@@ -87,11 +93,19 @@ def _only_in(letter: str, term: str, letters: list[str]) -> bool:
 
 
 def _with_weight(
-    call: Call, places: list[At], letters: list[str], output: str, place: At, in_dim: int, out_dim: int, chosen: Any
+    call: Call,
+    places: list[At],
+    letters: list[str],
+    output: str,
+    place: At,
+    in_dim: int,
+    outs: list[int],
+    chosen: Any,
 ) -> Maps:
-    """One operand is a free parameter with one summed and one own dimension: a linear operator."""
+    """One operand is a free parameter with summed and own dimensions: a linear operator."""
     term = letters[places.index(place)]
     value = student(call.get(place))
+    out_dim = _own_dim(call, term, output, [k for k in outs if value.shape[k] > 1] or outs)
     wanted = {k: m for k, c in enumerate(term) if (m := chosen[c]) is not None}
     wanted[out_dim] = output_map(call, value.shape[out_dim], place)
     weight = call.weight(place, wanted, out_dim, in_dim)
@@ -105,19 +119,25 @@ def _with_weight(
                 other,
                 {k: m for k, c in enumerate(other_term) if (m := chosen[c]) is not None and _fits(call, other, k, m)},
             )
-    for letter in [c for c in chosen if c not in output and c not in term]:
+    for letter in [c for c in chosen if c not in output and c != term[in_dim]]:
         if chosen[letter] is not None:
             call.scale_out(counts_scale(chosen[letter], 0, -1.0))
-    _record(call, places, place, weight, (out_dim, in_dim))
+    _record(call, places, place, weight, (out_dim, in_dim), math.prod(value.shape[k] for k in outs))
     return {k: m for k, c in enumerate(output) if (m := chosen[c]) is not None}
 
 
-def _record(call: Call, places: list[At], place: At, weight: Pair, dims: tuple[int, int]) -> None:
+def _own_dim(call: Call, term: str, output: str, outs: list[int]) -> int:
+    """Which of its own dimensions a parameter widens: heads and their width may both be among them."""
+    choice = chosen_part(call, [output.index(term[k]) for k in outs]) if len(outs) > 1 else None
+    return outs[-1 if choice is None else choice]
+
+
+def _record(call: Call, places: list[At], place: At, weight: Pair, dims: tuple[int, int], outputs: int) -> None:
     """Tell the planner what became of this layer; the first dimension of the result is the batch."""
     data = [s for p in places if p is not place and isinstance(s := call.source(p), fx.Node)]
     if data:
         batch = call.s.shape[0] if call.s.dim() > 1 else 1
-        positions = call.s.numel() // max(batch * weight.s.shape[dims[0]], 1)
+        positions = call.s.numel() // max(batch * outputs, 1)
         counts = (positions * weight.s.numel(), positions * weight.t.numel())
         record_layer(call.planner, call.node, data[0], call.source(place), weight, dims, counts)
 

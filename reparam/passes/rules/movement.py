@@ -208,6 +208,20 @@ def unsqueeze(call: Call, input: Value, dim: Value) -> Value:
     return call.result({d + (d >= at): m for d, m in x.maps.items()})
 
 
+@rule(torch.view_as_complex)
+def view_as_complex(call: Call, input: Value) -> Value:
+    """Pairs of real numbers as complex ones: the pairs keep their two numbers."""
+    x = call.pair("input")
+    x = call.narrow("input", [x.ndim - 1], "its real and imaginary parts would be repeated")
+    return call.result(dict(x.maps))
+
+
+@rule(torch.view_as_real)
+def view_as_real(call: Call, input: Value) -> Value:
+    """Complex numbers as pairs of real ones."""
+    return call.result(dict(call.pair("input").maps))
+
+
 # -- several tensors -----------------------------------------------------------------------------------------------
 
 

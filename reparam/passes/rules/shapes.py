@@ -134,7 +134,7 @@ def _by_choice(call: Call, x: Pair) -> Value | None:
                     return None
                 wide[outs[0]] = len(x.maps[d])
             continue
-        found = split_layout(call, x, mapped[0], [shape[d] for d in outs])
+        found = split_layout(call, x, mapped[0], outs)
         if found is None:
             part = max(range(len(outs)), key=lambda k: (shape[outs[k]] > 1, k))
             wide[outs[part]] = shape[outs[part]] * len(x.maps[mapped[0]]) // x.s.shape[mapped[0]]
