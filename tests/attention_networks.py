@@ -212,7 +212,7 @@ class Attention(nn.Module):
         if how == "none":
             return x
         if how == "complex":
-            pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2))
+            pairs = torch.view_as_complex(x.contiguous().reshape(*x.shape[:-1], -1, 2))
             return torch.view_as_real(pairs * torch.view_as_complex(self.turn)[:n]).flatten(3)
         if how == "computed":
             angle = torch.outer(torch.arange(n, device=x.device).to(self.frequency), self.frequency)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from attention_blocks import AROUND, Recipe, recipe, recipes
 from attention_networks import CHOICES, C
-from hypothesis import HealthCheck, Phase, event, given, note, settings
+from hypothesis import HealthCheck, Phase, currently_in_test_context, event, given, note, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from zoo import randomise
@@ -67,7 +67,9 @@ def grow(model: nn.Module, ratio: int, x: tuple[Tensor, ...], heads: str) -> tup
 
 def laws(drawn: Recipe, ratio: int, heads: str) -> Plan:
     """The teacher is exact at every node and for other batches; it is as wide as stated; it returns; it learns."""
-    note(f"heads {heads!r}, ratio {ratio}: {drawn}")
+    if currently_in_test_context():
+        note(f"heads {heads!r}, ratio {ratio}: {drawn}")
+        event(f"heads {heads}")
     model, x = drawn.build(), drawn.sample()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -78,7 +80,6 @@ def laws(drawn: Recipe, ratio: int, heads: str) -> Plan:
     narrow = {layer.name: layer.reason for layer in made.layers if not layer.widened}
     assert not {name: why for name, why in narrow.items() if not known(drawn.o, heads, name)}
     assert made.coverage == 1.0 or narrow
-    event(f"coverage 1: {not narrow}")
     for batch in (1, 3):
         xs = drawn.sample(batch, seed=batch + 5)
         with torch.no_grad():
@@ -128,17 +129,22 @@ EACH = [(key, value) for key, values in {**AROUND, **CHOICES}.items() for value 
 
 @pytest.mark.parametrize(("key", "value"), EACH, ids=[f"{key}-{value}" for key, value in EACH])
 def test_each_ingredient(key: str, value: Any) -> None:
-    """Each way of writing each ingredient, in the plainest network: ``auto`` widens what the better choice does."""
+    """Each way of writing each ingredient, in the plainest network: ``auto`` widens what the better choice does.
+
+    Above 99 % it looks no further.
+    """
     drawn = recipe(**{**NEEDS.get(key, {}), key: value})
     assert drawn.o[key] == value
     model, x = drawn.build(), drawn.sample()
     found = {}
-    for heads in ("auto", "width", "count"):
-        capture, inputs, made = prepare(model, 2, x, heads=heads)
-        assert verify_plan(model, capture, made, inputs, None) <= EXACT
+    for heads in ("width", "count", "auto"):
+        if len(found) == 2 and min(found.values()) == 1.0:
+            return  # nothing to choose
+        _capture, made, error = grow(model, 2, x, heads)
+        assert error <= EXACT
         assert all(layer.widened or known(drawn.o, heads, layer.name) for layer in made.layers), heads
         found[heads] = made.coverage
-    assert found["auto"] >= max(found.values())
+    assert found["auto"] >= min(0.99, max(found.values()))
 
 
 # The keyword ----------------------------------------------------------------------------------------------------------
@@ -218,6 +224,14 @@ def test_another_value_is_refused(call: Callable[..., Any]) -> None:
     message = "heads must be one of 'auto', 'count', 'width', not 'depth'"
     with pytest.raises(InputError, match=message):
         call(nn.Linear(2, 2), 2, example_input=torch.randn(1, 2), heads="depth")
+
+
+@pytest.mark.parametrize("heads", ["auto", "width", "count"])
+def test_heads_folded_into_the_batch(heads: str) -> None:
+    """No order of indices is chosen for a dimension that holds the batch: the teacher takes every batch size."""
+    for options in ({"bias": "padded", "kind": "grid"}, {"talking": "before"}):
+        drawn = recipe(product="bmm", heads=6, project="narrow", divide="width_first", **options)
+        laws(drawn, 2, heads)
 
 
 def test_tokens_keep_their_number() -> None:

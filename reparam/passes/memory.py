@@ -22,6 +22,7 @@ class Memory:
         indifferent: training flags that decide nothing, for this network and these inputs.
         results: module or operator, and inputs -> its result, where that is one new tensor.
         runs: operator and inputs of the teacher's world -> its result.
+        proofs: operator that moves elements, sizes and maps -> the maps of its results.
         graphs: module, mode and inputs -> the graph inside it.
     """
 
@@ -29,6 +30,7 @@ class Memory:
     indifferent: set[str] = field(default_factory=set)
     results: dict[Hashable, Any] = field(default_factory=dict)
     runs: dict[Hashable, Any] = field(default_factory=dict)
+    proofs: dict[Hashable, Any] = field(default_factory=dict)
     graphs: dict[Hashable, fx.Graph] = field(default_factory=dict)
 
 

@@ -215,9 +215,10 @@ class Planner:
     def _keep_narrow(self, node: fx.Node) -> None:
         """A leaf module at student width keeps its parameters, also where another call could widen them."""
         path = self.full_name(node, str(node.target))
+        inside = f"{path}." if path else ""
         for name, tensor in named_tensors(self.capture.root.get_submodule(path)):
             full = f"{path}.{name}" if path else name
-            if any(full.startswith(part + ".") for part in self.capture.parts):
+            if any(part.startswith(inside) and full.startswith(part + ".") for part in self.capture.parts):
                 continue
             name = self.names[full]
             known = self.state.params.setdefault(name, ParamMap(tuple(tensor.shape)))

@@ -249,14 +249,24 @@ def _indexed(index: Any, labels: Labels) -> Labels | None:
 
 
 def _reshaped(ins: list[int], outs: list[int], labels: Labels) -> Labels | None:
-    """Dimensions that are joined hold what their parts held; one that is split is lost."""
+    """Dimensions that are joined hold what their parts held; where a part is split once more, labels are lost."""
     found: list[frozenset[int]] = []
-    i = 0
-    for size in outs:
-        held, product = frozenset[int](), 1
-        while i < len(ins) and product * ins[i] <= size and (product < size or ins[i] == 1):
-            held, product, i = held | labels[i], product * ins[i], i + 1
-        if product != size:
+    i = j = 0
+    while i < len(ins) and j < len(outs):
+        if 1 in (ins[i], outs[j]) and ins[i] != outs[j]:
+            found += [frozenset()] if outs[j] == 1 else []
+            i, j = i + (ins[i] == 1), j + (outs[j] == 1)
+            continue
+        held, left, right, first = labels[i], ins[i], outs[j], j
+        i, j = i + 1, j + 1
+        while left != right:
+            if left < right and i < len(ins):
+                held, left, i = held | labels[i], left * ins[i], i + 1
+            elif left > right and j < len(outs):
+                right, j = right * outs[j], j + 1
+            else:
+                return None
+        if held and j - first > 1:
             return None
-        found.append(held)
-    return tuple(found) if i == len(ins) else None
+        found += [held] * (j - first)
+    return (*found, *[frozenset[int]()] * (len(outs) - j))

@@ -19,6 +19,7 @@ from reparam.ops.maps import ReplicaMap
 from reparam.passes.records import weight_name
 from reparam.passes.registry import find_rule
 from reparam.passes.state import Restart
+from reparam.passes.values import Int
 
 if TYPE_CHECKING:
     from reparam.passes.call import Call
@@ -49,8 +50,9 @@ class Split:
     def part(self, choice: int | str | None) -> int | None:
         """Return the part that a choice means, None for the default: the last one."""
         if choice == "count":
-            known = self.count is not None or self.width is not None
-            return self.count if known else self.parts - 2 if self.heads else None
+            if self.count is None and self.width is not None:
+                return self.part("width")  # a single head
+            return self.parts - 2 if self.count is None and self.heads else self.count
         if choice == "width":
             part = self.parts - 2 if self.width is None and self.count == self.parts - 1 else self.width
             return None if part == self.parts - 1 else part
@@ -85,7 +87,7 @@ def split_layout(call: Call, x: Pair, dim: int, outs: Sequence[int]) -> tuple[Re
     sizes = [int(call.s.shape[d]) for d in outs]
     parts = [k for k, size in enumerate(sizes) if size > 1]
     phi = x.maps[dim]
-    if len(parts) < 2 or phi.uniform is None:
+    if len(parts) < 2 or phi.uniform is None or _holds_batch(call, dim, outs[parts[0]]):
         return None
     choice = chosen_part(call, [outs[k] for k in parts])
     if choice is None and sizes[-1] == 2 and all(user.target is torch.view_as_complex for user in call.node.users):
@@ -97,6 +99,17 @@ def split_layout(call: Call, x: Pair, dim: int, outs: Sequence[int]) -> tuple[Re
     layout = ReplicaMap(index, phi.size)
     _ask_producer(call, dim, layout)
     return layout, part
+
+
+def _holds_batch(call: Call, dim: int, first: int) -> bool:
+    """Whether a dimension may be heads and a batch in one: an order of its indices would be that of one batch size.
+
+    So it is with the first dimension, and where the first part's size is asked of a value and is no width.
+    """
+    given = call.node.args[1:]
+    sizes = given[0] if len(given) == 1 and isinstance(given[0], (tuple, list)) else given
+    size = sizes[first] if len(sizes) == call.s.dim() else None
+    return dim == 0 or (isinstance(size, fx.Node) and not isinstance(call.planner.state.env.get(size), Int))
 
 
 def _ask_producer(call: Call, dim: int, layout: ReplicaMap) -> None:

@@ -118,8 +118,9 @@ class World:
             # Its code makes single precision numbers in a way of its own: it runs as it does for a user.
             self.single = True
             dtype = first_floating_dtype(self.root)
-            first, args, kwargs = _cast((first, args, kwargs), dtype)
-            return _cast(functional_call(module, first, args, kwargs), torch.float64)
+            with _in(dtype or torch.float32), torch._C.DisableTorchFunction():  # and with it, _Doubles
+                first, args, kwargs = _cast((first, args, kwargs), dtype)
+                return _cast(functional_call(module, first, args, kwargs), torch.float64)
 
 
 class _Doubles(TorchFunctionMode):
@@ -129,18 +130,24 @@ class _Doubles(TorchFunctionMode):
         """Run an operator."""
         if func in (Tensor.float, Tensor.half, Tensor.bfloat16):
             return args[0].double()
-        args, kwargs = pytree.tree_map(_wider, (args, kwargs or {}))
-        return func(*args, **kwargs)
+        # Types stand on their own; a search through all arguments would copy the memo of each deepcopy.
+        return func(*map(_wider, args), **{name: _wider(value) for name, value in (kwargs or {}).items()})
 
 
 @contextlib.contextmanager
 def in_double() -> Iterator[None]:
     """Let Python code compute in float64 all through, also what it computes from sizes alone (grids, anchors)."""
+    with _in(torch.float64), _Doubles():
+        yield
+
+
+@contextlib.contextmanager
+def _in(dtype: torch.dtype) -> Iterator[None]:
+    """Set the default dtype."""
     before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
+    torch.set_default_dtype(dtype)
     try:
-        with _Doubles():
-            yield
+        yield
     finally:
         torch.set_default_dtype(before)
 

@@ -1,0 +1,210 @@
+"""Code that branches on sizes: a leaf that takes every size where it can be, else a recording with guards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from zoo import error, randomise, sample
+
+import reparam
+from reparam.errors import CaptureError
+from reparam.passes.modes import require
+from reparam.passes.teacher import Teacher
+
+
+class Inner(nn.Module):
+    def __init__(self, function: Callable[[Inner, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)
+
+
+def turned(x: Tensor) -> Tensor:
+    """Needs an edit: the halves are cut at a channel."""
+    return torch.cat([x[:, 4:], x[:, :4]], 1)
+
+
+def plain(m: Inner, x: Tensor) -> Tensor:
+    return m.conv(x) if x.shape[2] > 8 else m.conv(torch.relu(x))
+
+
+def edited(m: Inner, x: Tensor) -> Tensor:
+    x = m.conv(turned(x))
+    if x.shape[2] > 8:
+        x = torch.relu(x)
+    return turned(x)
+
+
+def padded(m: Inner, x: Tensor) -> Tensor:
+    """Windows: pads to a multiple of 4, as often as needed."""
+    missing = (-x.shape[2]) % 4
+    if missing > 0:
+        x = nn.functional.pad(x, (0, 0, 0, missing))
+    return turned(m.conv(x))
+
+
+def by_batch(m: Inner, x: Tensor) -> Tensor:
+    x = m.conv(turned(x))
+    return turned(torch.relu(x) if x.shape[0] > 100 else x)
+
+
+def over_batch(m: Inner, x: Tensor) -> Tensor:
+    return m.conv(torch.stack([turned(x[k : k + 1])[0] for k in range(x.shape[0])]))
+
+
+def by_count(m: Inner, x: Tensor) -> Tensor:
+    """A number of windows in the batch dimension."""
+    x = turned(m.conv(x))
+    windows = x.shape[0] * 2
+    return x * 2 if windows // 4 == 1 else x * 3
+
+
+def as_float(m: Inner, x: Tensor) -> Tensor:
+    return m.conv(turned(x)) / float(x.shape[1])
+
+
+def as_int(m: Inner, x: Tensor) -> Tensor:
+    half = int(x.shape[1] * 0.5)
+    return m.conv(torch.cat([x[:, half:], x[:, :half]], 1))
+
+
+def as_range(m: Inner, x: Tensor) -> Tensor:
+    parts = [x[:, 2 * k : 2 * k + 2] * (k + 1) for k in range(x.shape[1] // 2)]
+    return m.conv(turned(torch.cat(parts, 1)))
+
+
+def network(function: Callable[[Inner, Tensor], Tensor]) -> nn.Module:
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Conv2d(3, 8, 1), Inner(function), nn.Conv2d(8, 4, 1))
+    return randomise(layers.double()).eval()
+
+
+def made(function: Callable[[Inner, Tensor], Tensor]) -> tuple[nn.Module, Teacher]:
+    model = network(function)
+    return model, reparam.expand(model, 2, example_input=sample((2, 3, 10, 9)))
+
+
+def guards(teacher: Teacher) -> list[str]:
+    return [str(n.args[2]) for p in teacher._programs for n in p.graph.nodes if n.target is require]
+
+
+def check(model: nn.Module, teacher: nn.Module, *shapes: tuple[int, ...]) -> None:
+    with torch.no_grad():
+        for shape in shapes:
+            x = sample(shape, 7)
+            assert error(model(x), teacher(x)) <= 1e-12
+
+
+@pytest.mark.parametrize("function", [plain], ids=lambda f: f.__name__)
+def test_without_edits_inside_every_size_works(function: Callable[[Inner, Tensor], Tensor]) -> None:
+    model, teacher = made(function)
+    assert teacher.plan.coverage == 1.0
+    assert list(teacher.plan.leaves) == ["1"]
+    assert not teacher.plan.specialised and not guards(teacher)
+    check(model, teacher, (2, 3, 10, 9), (3, 3, 6, 5), (1, 3, 33, 4))
+
+
+@pytest.mark.parametrize("function", [edited, padded], ids=lambda f: f.__name__)
+def test_with_edits_inside_the_branch_of_the_example_works(
+    function: Callable[[Inner, Tensor], Tensor], tmp_path: Path
+) -> None:
+    model, teacher = made(function)
+    assert teacher.plan.coverage == 1.0
+    assert teacher.plan.specialised == ("1",)
+    line = (
+        r"test_guards\.py:\d+: the network branches on a size here and was recorded for \w+; expand it again with an"
+    )
+    check(model, teacher, (2, 3, 10, 9), (1, 3, 10, 4), (5, 3, 10, 20))
+    check(model, teacher, (2, 3, 14, 9)) if function is padded else check(model, teacher, (2, 3, 33, 9))
+    reparam.save(teacher, tmp_path / "teacher.safetensors")
+    loaded = reparam.load(tmp_path / "teacher.safetensors", network(function))
+    check(model, loaded, (5, 3, 10, 20))
+    for wide in (teacher, loaded):
+        with pytest.raises(AssertionError, match=line):
+            wide(sample((2, 3, 8, 9)))
+    # The student has no guards: its view and what is extracted take every size.
+    check(model, reparam.student_view(teacher), (2, 3, 8, 9))
+    check(model, reparam.extract(teacher), (2, 3, 8, 9))
+
+
+@pytest.mark.parametrize("function", [by_batch, over_batch, by_count], ids=lambda f: f.__name__)
+def test_a_branch_on_the_batch_is_never_recorded(function: Callable[[Inner, Tensor], Tensor]) -> None:
+    model, teacher = made(function)
+    assert list(teacher.plan.leaves) == ["1"]
+    assert not teacher.plan.specialised and not guards(teacher)
+    assert teacher.plan.coverage < 0.2
+    reason = teacher.plan.leaves["1"]
+    assert "test_guards.py:" in reason
+    check(model, teacher, (2, 3, 10, 9), (1, 3, 10, 9), (101, 3, 6, 6))
+
+
+@pytest.mark.parametrize("function", [as_float, as_int, as_range], ids=lambda f: f.__name__)
+def test_a_width_as_a_number(function: Callable[[Inner, Tensor], Tensor]) -> None:
+    model, teacher = made(function)
+    assert teacher.plan.coverage == 1.0
+    check(model, teacher, (2, 3, 10, 9), (1, 3, 10, 9), (5, 3, 7, 20))
+
+
+class Root(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        if x.shape[2] > 8:
+            x = self.body(x)
+        return self.head(x)
+
+
+def test_a_root_that_branches_on_a_size() -> None:
+    model = randomise(Root().double()).eval()
+    teacher = reparam.expand(model, 2, example_input=sample((2, 3, 10, 9)))
+    assert teacher.plan.coverage == 1.0
+    check(model, teacher, (1, 3, 12, 12))
+    with pytest.raises(
+        AssertionError, match=r"test_guards\.py:\d+: the network branches on a size here and was .*True"
+    ):
+        teacher(sample((1, 3, 6, 6)))
+    small = reparam.expand(model, 2, example_input=sample((2, 3, 6, 6)))
+    check(model, small, (1, 3, 7, 6))
+
+
+class Tokens(nn.Module):
+    """As many tokens as the data say, in a network's own code and in a module of it."""
+
+    def __init__(self, inside: bool) -> None:
+        super().__init__()
+        self.embed, self.mix, self.head = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.select = Selected() if inside else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        x = x[:, x[0, :, 0] > 0] if self.select is None else self.select(x)
+        return self.head(torch.relu(self.mix(x)))
+
+
+class Selected(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, x[0, :, 0] > 0]
+
+
+def test_a_number_of_tokens_that_the_data_decide() -> None:
+    """Single layers between code without a graph have nothing to widen: the error names the line of the mask."""
+    with pytest.raises(CaptureError, match=r"Tokens: the forward pass cannot be recorded .*test_guards\.py:\d+: "):
+        reparam.expand(Tokens(inside=False), 2, example_input=torch.randn(2, 5, 6))
+    model = randomise(Tokens(inside=True).double()).eval()
+    x = sample((2, 5, 6))
+    teacher = reparam.expand(model, 2, example_input=x)
+    assert "test_guards.py:" in teacher.plan.leaves["select"]
+    contracted = {c.module: (c.source, c.reason) for c in teacher.plan.contractions}
+    source, reason = contracted["select"]
+    assert "test_guards.py:" in source + reason
+    check(model, teacher, (2, 9, 6), (1, 5, 6))
