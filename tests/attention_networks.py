@@ -1,7 +1,7 @@
 """Small transformers drawn at random, from the many ways in which people write attention.
 
-A :class:`Recipe` is a choice for every ingredient; ``build()`` makes the network, ``sample()`` its inputs. The blocks
-around the attention (windows, channels, latents, ...) are in attention_blocks.py.
+A ``Recipe`` (attention_blocks.py) is a choice for every ingredient; ``build()`` makes the network, ``sample()`` its
+inputs. Here is attention between tokens; other kinds (windows, channels, latents, ...) are in attention_kinds.py.
 """
 
 from __future__ import annotations

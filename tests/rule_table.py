@@ -37,6 +37,7 @@ TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3
 BATCH = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 INSTANCE = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
 C = 8
+POSITIONS = lambda: torch.tensor([[[4], [0], [2]]])
 OLD_STYLE = (pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),)
 PROJECTED = (pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),)
 EVEN_SAME = (pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths"),)
@@ -410,6 +411,14 @@ MOVEMENT_ROWS = [
     op("index_select-channels", lambda x, m: torch.index_select(x, 1, m.i), i=lambda: torch.randperm(C)),
     op("index_select-space", lambda x, m: x.index_select(2, m.i), i=lambda: torch.tensor([1, 0, 2, 2])),
     op("gather", lambda x, m: x.gather(2, x.argsort(2)), ""),
+    tokens("gather-tokens", lambda x, m: torch.gather(x, 1, m.at.expand(x.shape[0], -1, x.shape[-1])), at=POSITIONS),
+    tokens("gather-constant", lambda x, m: x.gather(1, m.at.repeat(x.shape[0], 1, C)), at=POSITIONS),
+    tokens("gather-channels", lambda x, m: x.gather(2, m.at.expand(x.shape[0], -1, -1)), "a look-up along the channels",
+           at=lambda: torch.tensor([[[1, 0, 3]] * 6])),
+    tokens("scatter-tokens",
+           lambda x, m: x.scatter(1, m.at.expand(x.shape[0], -1, C), torch.sigmoid(x[:, :3])), at=POSITIONS),
+    tokens("scatter-add", lambda x, m: torch.scatter_add(x, 1, m.at.expand(x.shape[0], -1, C), x[:, 3:]), at=POSITIONS),
+    tokens("scatter-number", lambda x, m: x.scatter(1, m.at.expand(x.shape[0], -1, C), 0.5), at=POSITIONS),
     op("roll-space", lambda x, m: torch.roll(x, (1, -2), (2, 3))),
     op("roll-channels", lambda x, m: x.roll(1, 1)),
     op("roll-channels-and-space", lambda x, m: torch.roll(x, shifts=(3, 1), dims=(1, 2))),
@@ -610,6 +619,12 @@ PRODUCT_ROWS = [
     op("einsum-list", lambda x, m: torch.einsum("bchw,bc->bchw", [x, x.mean((2, 3))])),
     tokens("einsum-heads", lambda x, m: torch.einsum("bnhd,hde->bnhe", x.unflatten(-1, (2, 4)), m.w).flatten(2),
            w=(2, 4, 5)),
+    tokens("einsum-two-outputs", lambda x, m: torch.einsum("bnc,chd->bnhd", x, m.w).flatten(2), w=(C, 2, 3)),
+    tokens("einsum-two-inputs", lambda x, m: torch.einsum("bnhd,hdc->bnc", x.unflatten(-1, (2, 4)), m.w), w=(2, 4, 6)),
+    tokens("einsum-both-inputs-wide", lambda x, m: torch.einsum("bnh,bnd,hdc->bnc", x, x.tanh(), m.w), w=(C, C, 6)),
+    tokens("complex-pairs", lambda x, m: torch.view_as_real(
+               torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2)) * torch.polar(m.r, m.a)).flatten(2),
+           r=(4,), a=(4,)),
     tokens("einsum-three", lambda x, m: torch.einsum("bnc,c,cd->bnd", x, m.v, m.w), w=(C, 6), v=(C,)),
     op("outer", lambda x, m: x * torch.outer(m.a, m.b), fixed=True, a=(8,), b=(8,)),
 ]  # fmt: skip

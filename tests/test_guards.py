@@ -118,9 +118,7 @@ def test_with_edits_inside_the_branch_of_the_example_works(
     model, teacher = made(function)
     assert teacher.plan.coverage == 1.0
     assert teacher.plan.specialised == ("1",)
-    line = (
-        r"test_guards\.py:\d+: the network branches on a size here and was recorded for \w+; expand it again with an"
-    )
+    line = r"test_guards\.py:\d+: the network branches on a size here and was recorded for \w+; expand it again with an"
     check(model, teacher, (2, 3, 10, 9), (1, 3, 10, 4), (5, 3, 10, 20))
     check(model, teacher, (2, 3, 14, 9)) if function is padded else check(model, teacher, (2, 3, 33, 9))
     reparam.save(teacher, tmp_path / "teacher.safetensors")

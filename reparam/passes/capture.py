@@ -138,7 +138,7 @@ def _with_train_mode(
         graph, capture.root, tracer.outputs, tracer.leaves, in_train_mode=True, specialised=capture.specialised
     )
     for node in graph.nodes:
-        node.meta["key"] = f"train:{node.name}"
+        node.meta.update(key=f"train:{node.name}", train=True)
     return capture
 
 

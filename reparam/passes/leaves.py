@@ -93,6 +93,7 @@ def _trace_inner(planner: Planner, node: fx.Node, training: bool, args: Value, k
     graph = trace_inner(module, student(args), student(kwargs), training, planner.capture.memory)
     for inner in graph.nodes:
         inner.meta["prefix"] = prefix
+        inner.meta["train"] = training or node.meta.get("train", False)
         if "part" in node.meta:
             inner.meta["part"] = node.meta["part"]
         inner.meta["module"] = planner.full_name(inner, inner.meta.get("module", ""))

@@ -111,6 +111,8 @@ def record_layer(
         reasons = [planner.ignored[name]]
     earlier = planner.state.layers.get(name)
     counted = (earlier.multiply_adds, earlier.wide_multiply_adds) if earlier else (0, 0)
+    if earlier and node.meta.get("train"):
+        multiply_adds = (0, 0)  # the eval mode of the same code has counted them
     planner.state.layers[name] = LayerPlan(
         name=name,
         operator=operator_name(node),
