@@ -112,9 +112,12 @@ def verified_inputs(capture: Capture, made: Plan, inputs: Inputs, example_input:
     if example_input is not None:
         return inputs, batch_of(normalise(example_input))
     guarded = any(node.target is require for node in capture.nodes())
-    for divisor in (4, 3, 2) if made.multiply_adds[1] > _COSTLY and not guarded else ():
+    # A quarter of the sides is small enough, and large enough to have several of everything.
+    divisors = sorted(range(2, 17), key=lambda k: abs(k - 4))
+    for divisor in divisors if made.multiply_adds[1] > _COSTLY and not guarded else ():
         smaller = pytree.tree_map(functools.partial(_smaller, divisor=divisor), inputs)
-        if accepts(capture.root, smaller):
+        changed = any(a is not b for a, b in zip(*map(pytree.tree_leaves, (smaller, inputs)), strict=True))
+        if changed and accepts(capture.root, smaller):
             return smaller, 1
     return inputs, 1
 

@@ -10,7 +10,7 @@ from torch import fx, nn
 from reparam.passes.plan import LayerPlan
 from reparam.passes.registry import statistics_of
 from reparam.passes.state import operator_name
-from reparam.passes.values import Free, Pair
+from reparam.passes.values import Free, Pair, holds_tensor
 
 if TYPE_CHECKING:
     from reparam.passes.planner import Planner
@@ -66,7 +66,8 @@ def weight_name(planner: Planner, source: Any) -> str | None:
         given = planner.state.env.get(node) if node.op == "placeholder" else None
         # Inside a function that was not traced into, a weight may be an argument: go on where it comes from.
         behind = [given.node] if isinstance(given, Free) else node.all_input_nodes
-        stack += [n for n in behind if n not in seen]
+        # A table that is cut to the size of a value does not come from that value's weights.
+        stack += [n for n in behind if n not in seen and holds_tensor(n.meta.get("val"))]
     return max(found, key=lambda n: found[n]) if found else None
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from reparam.passes.registry import find_rule
+from reparam.passes.values import holds_tensor
 
 Labels = tuple[frozenset[int], ...]
 """For each dimension of a value, the parts of a split that lie in it."""
@@ -43,7 +44,9 @@ class Roles:
         self._mixing = {node for node in self._nodes if _mixes(node)}
         self._computed: set[fx.Node] = set()
         for node in self._nodes:
-            if node.op == "placeholder" or any(n in self._computed for n in node.all_input_nodes):
+            given = [n for n in node.all_input_nodes if n in self._computed]
+            # What is computed from sizes of values and from parameters is no computed value.
+            if node.op == "placeholder" or any(holds_tensor(n.meta.get("val")) for n in given):
                 self._computed.add(node)
         self._products = {node for node in self._mixing if self._is_product(node)}
         self._parts: dict[fx.Node, tuple[int | None, int | None]] = {}
@@ -63,15 +66,22 @@ class Roles:
         return len(tensors) > 1 and all(n in self._computed for n in tensors[:2])
 
     def _find_tables(self) -> set[fx.Node]:
-        scores = set(self._products)
-        for node in self._nodes:
-            if node not in self._mixing and any(n in scores for n in node.all_input_nodes):
-                scores.add(node)
+        scores = self._behind(self._products)
+        queries = self._behind(self.heads) - scores
         found = set()
         for node in self._mixing - self._products:
             entry = find_rule(node.op, node.target)
-            queries = any(n in self.heads and n not in scores for n in node.all_input_nodes)
-            if entry is not None and entry.family == "matmul" and queries and self._meets(node, scores):
+            asked = any(n in queries for n in node.all_input_nodes)
+            if entry is not None and entry.family == "matmul" and asked and self._meets(node, scores):
+                found.add(node)
+        return found
+
+    def _behind(self, nodes: set[fx.Node]) -> set[fx.Node]:
+        """Return these nodes and what is computed from them before any mixing."""
+        found = set(nodes)
+        for node in self._nodes:
+            given = [n for n in node.all_input_nodes if n in found]
+            if node not in self._mixing and any(holds_tensor(n.meta.get("val")) for n in given):
                 found.add(node)
         return found
 
@@ -80,7 +90,7 @@ class Roles:
         reached, stack = {node}, [node]
         while stack:
             current = stack.pop()
-            for user in current.users:
+            for user in current.users if holds_tensor(current.meta.get("val")) else ():
                 if self._is_mask(user, current):
                     return True  # the mask of an attention
                 if user in reached or user in self._mixing:

@@ -78,6 +78,11 @@ def walk(value: Value, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, 
         yield path, value
 
 
+def holds_tensor(value: Value) -> bool:
+    """Whether a structure holds a tensor, not only sizes and other numbers."""
+    return any(isinstance(leaf, Tensor) for _path, leaf in walk(value))
+
+
 def transform(value: Value, function: Callable[[Any], Any]) -> Value:
     """Apply ``function`` to every leaf; ``torch.Size`` becomes a tuple, named tuples stay what they are."""
     if isinstance(value, tuple) and hasattr(value, "_fields"):
