@@ -31,9 +31,8 @@ ILL_CONDITIONED = {
 """Networks above 1e-12. Visformer's random weights make attention scores of nearly 1e5, whose rounding alone is 1e-11
 in an exponent; which node of Mask R-CNN is to blame has not been looked into."""
 
-MEDIAN_SECONDS, SECONDS = 5.0, 120.0
-"""What expand with verification took at most when the committed results were made, on two cores that other work
-shared. The aim is 3 and 60 on a quiet machine."""
+SLOW = {"deepseek_vit_412m": 100}
+"""Families for which expand with verification takes more than a minute on two cores: 412 million parameters."""
 
 
 def committed(path: Path = RESULT) -> dict[str, Any]:
@@ -83,8 +82,12 @@ def test_every_family_of_timm() -> None:
     assert not [row["name"] for row in found if not returns(row)]
     assert sum(row["coverage"] >= 0.95 for row in found) >= 90
     assert not [row["name"] for row in found if row["coverage"] < 0.6]
-    seconds = [row["seconds"]["expand"] for row in found]
-    assert statistics.median(seconds) <= MEDIAN_SECONDS and max(seconds) <= SECONDS
+
+
+def test_the_time_that_the_families_take_on_a_quiet_machine() -> None:
+    found = committed(RESULT.with_name("coverage_timm_quiet.json"))["rows"]
+    assert len(found) >= 98 and statistics.median(row["seconds"]["expand"] for row in found) <= 3
+    assert all(row["seconds"]["expand"] <= SLOW.get(row["name"], 60) for row in found)
 
 
 @pytest.mark.parametrize(
