@@ -9,7 +9,7 @@ from torch.utils import _pytree as pytree
 
 from reparam.passes.capture import Capture
 from reparam.passes.example import Inputs, batch_of
-from reparam.passes.meta import Unknown, run_leaf_on_meta, run_on_meta
+from reparam.passes.meta import Unknown, has_tensor, run_leaf_on_meta, run_on_meta
 from reparam.passes.modes import require
 from reparam.passes.skeleton import to_meta
 from reparam.passes.values import plain
@@ -26,7 +26,7 @@ def broken_guards(capture: Capture, inputs: Inputs) -> set[str]:
     args, kwargs = pytree.tree_map(
         lambda v: v.new_empty((batch + 1, *v.shape[1:])) if isinstance(v, Tensor) else v, inputs
     )
-    values = [v for v in (*args, *kwargs.values()) if any(isinstance(x, Tensor) for x in pytree.tree_leaves(v))]
+    values = [v for v in (*args, *kwargs.values()) if has_tensor(v)]
     broken: set[str] = set()
     for mode in capture.modes:
         guards = [node for node in mode.graph.nodes if node.target is require]

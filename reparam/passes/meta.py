@@ -111,6 +111,11 @@ def _to_zeros(value: Any) -> Any:
     return torch.zeros_like(value, device="cpu") if isinstance(value, Tensor) else value
 
 
+def has_tensor(value: Any) -> bool:
+    """Whether a tensor is in an argument, at any depth."""
+    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
+
+
 def describe(value: Any) -> str:
     """Return a short description for messages: shapes of tensors, values of anything else."""
     if isinstance(value, Tensor):

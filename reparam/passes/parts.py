@@ -24,7 +24,7 @@ from reparam.passes.example import Inputs
 from reparam.passes.functionalize import setitem
 from reparam.passes.guards import broken_guards
 from reparam.passes.memory import Memory
-from reparam.passes.meta import describe
+from reparam.passes.meta import describe, has_tensor
 from reparam.passes.modes import require
 from reparam.passes.program import Program
 from reparam.passes.watch import watch
@@ -86,14 +86,12 @@ def opaque_root(root: nn.Module, inputs: Inputs, reason: str) -> Capture:
     """Return the graph of a network that cannot be recorded: one call of the network itself."""
     graph = fx.Graph()
     args, kwargs = inputs
-    taken: list[fx.Node] = []
 
     def place(name: str, value: Any) -> Any:
-        if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value)):
+        if not has_tensor(value):
             return value
         node = graph.placeholder(name)
         node.meta.update(val=value, module="", source="")
-        taken.append(node)
         return node
 
     given = tuple(place(f"input_{k}", value) for k, value in enumerate(args))
@@ -245,8 +243,8 @@ class Given:
             if not _fits(new, old):
                 raise self._differs()
         return (
-            [new for new, old in zip(args, old_args, strict=True) if _holds_tensor(old)],
-            {name: new for name, new in kwargs.items() if _holds_tensor(old_kwargs[name])},
+            [new for new, old in zip(args, old_args, strict=True) if has_tensor(old)],
+            {name: new for name, new in kwargs.items() if has_tensor(old_kwargs[name])},
         )
 
     def _differs(self) -> RuntimeError:
@@ -261,16 +259,12 @@ def describe_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     return ", ".join([*map(describe, args), *(f"{name}={describe(value)}" for name, value in kwargs.items())])
 
 
-def _holds_tensor(value: Any) -> bool:
-    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
-
-
 def _fits(new: Any, old: Any) -> bool:
     """Whether an argument is like the recorded one: the same constant, or tensors of the same number of dimensions."""
     (first, one), (second, two) = pytree.tree_flatten(new), pytree.tree_flatten(old)
     if len(first) != len(second) or one != two:
         return False
-    constant = not _holds_tensor(old)
+    constant = not has_tensor(old)
     for a, b in zip(first, second, strict=True):
         if isinstance(a, Tensor) != isinstance(b, Tensor) or (isinstance(b, Tensor) and a.dim() != b.dim()):
             return False

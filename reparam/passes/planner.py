@@ -115,9 +115,7 @@ class Planner:
             module = self.capture.root.get_submodule(str(node.target))
             return any(p.dim() >= 2 for p in module.parameters())
         entry = find_rule(node.op, node.target)
-        if entry is None:
-            return False
-        return entry.mixing(node) if callable(entry.mixing) else entry.mixing
+        return entry is not None and entry.mixes(node)
 
     # -- one node ------------------------------------------------------------------------------------------------
 

@@ -36,6 +36,10 @@ class Rule:
     signature: inspect.Signature
     statistics: tuple[str, ...] = ()
 
+    def mixes(self, node: fx.Node) -> bool:
+        """Whether the operator of this node sums over channels."""
+        return self.mixing(node) if callable(self.mixing) else self.mixing
+
 
 RULES: dict[Any, Rule] = {}
 

@@ -155,7 +155,7 @@ def _mixes(node: fx.Node) -> bool:
     entry = find_rule(node.op, node.target)
     if entry is None:
         return node.op == "call_module"
-    return bool(entry.mixing(node) if callable(entry.mixing) else entry.mixing)
+    return entry.mixes(node)
 
 
 def _batch_dims(product: fx.Node, operand: fx.Node) -> list[int]:

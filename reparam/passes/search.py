@@ -34,8 +34,9 @@ def prepare(
     heads: str = "auto",
 ) -> tuple[Capture, Inputs, Plan]:
     """Record and plan a model whose weights are fine; also returns the example input, on the meta device."""
-    inputs = example_for(model, skeleton_of(model), example_input)
-    search = Search(model, inputs, ratio, ignored_parameters(model, ignore), heads)
+    skeleton = skeleton_of(model)
+    inputs = example_for(model, skeleton, example_input)
+    search = Search(model, skeleton, inputs, ratio, ignored_parameters(model, ignore), heads)
     search.run()
     return search.capture, inputs, search.plan
 
@@ -45,6 +46,7 @@ class Search:
 
     Args:
         model: the student.
+        skeleton: its meta copy.
         inputs: example input on the meta device.
         ratio: as given by the user.
         ignored: parameter name -> reason, for parameters that must stay as they are.
@@ -55,9 +57,17 @@ class Search:
     plan: Plan
     state: State
 
-    def __init__(self, model: nn.Module, inputs: Inputs, ratio: Ratio, ignored: dict[str, str], heads: str) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        skeleton: nn.Module,
+        inputs: Inputs,
+        ratio: Ratio,
+        ignored: dict[str, str],
+        heads: str,
+    ) -> None:
         self.model, self.inputs, self.ratio, self.ignored, self.heads = model, inputs, ratio, ignored, heads
-        self.skeleton, self.memory = skeleton_of(model), Memory()
+        self.skeleton, self.memory = skeleton, Memory()
         self.choices: dict[str, int | str] = {}
 
     def run(self) -> None:

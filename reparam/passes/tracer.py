@@ -24,7 +24,7 @@ from torch import Tensor, fx, nn
 from reparam.passes.functionalize import chunk, drop_unused, functionalize, refuse_new_weights, setitem
 from reparam.passes.intrinsics import intrinsics
 from reparam.passes.memory import Memory, remember, remembered, shapes_of, signature
-from reparam.passes.meta import Unknown, run_leaf_on_meta, run_on_meta
+from reparam.passes.meta import Unknown, has_tensor, run_leaf_on_meta, run_on_meta
 from reparam.passes.modes import require, require_mode
 from reparam.passes.proxies import HintProxy, nodes_of, proxies_have_types, source_line
 from reparam.passes.recorder import Recorder
@@ -134,8 +134,7 @@ class ModelTracer(Recorder):
         return call, [self.root]
 
     def _placeholder(self, name: str, value: Any) -> Any:
-        leaves = torch.utils._pytree.tree_leaves(value)
-        if not any(isinstance(leaf, Tensor) for leaf in leaves):
+        if not has_tensor(value):
             return value
         node = self.create_node("placeholder", name, (), {})
         node.meta["val"] = value

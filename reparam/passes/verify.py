@@ -23,6 +23,7 @@ from reparam.ops.maps import Maps, take_index
 from reparam.ops.params import repeat_all
 from reparam.passes.capture import Capture, key_of
 from reparam.passes.example import Inputs
+from reparam.passes.meta import has_tensor
 from reparam.passes.plan import Plan
 from reparam.passes.skeleton import canonical_names, named_tensors
 from reparam.passes.torch_modules import without_fast_paths
@@ -79,7 +80,7 @@ def verify(model: nn.Module, capture: Capture, rewritten: Rewritten, plan: Plan,
     partner = {new: old for old, new in rewritten.nodes.items()}
     leaves = [v for v in pytree.tree_leaves(inputs) if isinstance(v, Tensor)]
     placeholders = [n for n in capture.graph.nodes if n.op == "placeholder"]
-    values = iter([v for v in [*inputs[0], *inputs[1].values()] if _has_tensor(v)])
+    values = iter([v for v in [*inputs[0], *inputs[1].values()] if has_tensor(v)])
     feeds = {node.name: next(values) for node in placeholders}
     worst = NodeError(0.0, "", "", "", "")
     sizes: dict[fx.Node, float] = {}
@@ -193,10 +194,6 @@ def _open(value: Any) -> Any:
     """Open dataclass-like outputs."""
     fields = getattr(value, "__dataclass_fields__", None)
     return {name: getattr(value, name) for name in fields} if fields else value
-
-
-def _has_tensor(value: Any) -> bool:
-    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
 
 
 def _compare(node: fx.Node, s: Any, t: Any, plan: Plan, given: float, limit: float = TOLERANCE) -> NodeError:
