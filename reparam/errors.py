@@ -29,6 +29,10 @@ class VerificationError(ReparamError, RuntimeError):
     """Student and teacher differ at a graph node."""
 
 
+class KernelError(ReparamError, ValueError):
+    """A composition of linear operators that is no single one, or would be wrong at a border."""
+
+
 class FormatError(ReparamError, ValueError):
     """A file (safetensors, plan JSON, checkpoint) is damaged, of an unknown version, or does not fit."""
 
