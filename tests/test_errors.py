@@ -60,7 +60,16 @@ def test_noise(noise: Any) -> None:
 
 
 def test_branches() -> None:
-    both(net(), r"branches='orepa': this release widens channels only; leave branches=None", branches="orepa")
+    both(net(), r"unknown branch recipe 'orpea'; did you mean 'orepa'\?; there are acb, dbb,", branches="orpea")
+    both(net(), r"a branch recipe is a name or a Recipe, not int; there are acb, dbb", branches=6)
+    both(
+        net(),
+        r"recipe 'orepa' has no option 'size=3'; its options and their defaults: branches=6",
+        branches="orepa:size=3",
+    )
+    both(net(), r"recipe 'orepa': option branches is a int, not 'six'", branches="orepa:branches=six")
+    both(net(), r"init='scratch' says how branches start, and there are none; pass branches", init="scratch")
+    both(net(), r"init must be one of 'student', 'scratch', not 'zero'", branches="orepa", init="zero")
 
 
 def test_ignore_that_matches_nothing() -> None:

@@ -261,8 +261,8 @@ def rewritten(
 
 
 def test_a_plan_of_an_unknown_version(written: Path) -> None:
-    rewritten(written, lambda data: data.update(version=2))
-    with pytest.raises(FormatError, match="has version 2, this release of reparam reads version 1"):
+    rewritten(written, lambda data: data.update(version=1))
+    with pytest.raises(FormatError, match="has version 1, this release of reparam reads version 2"):
         reparam.load(written, student())
 
 

@@ -17,7 +17,7 @@ from zoo import BY_NAME, Net1d, UNet, built, mlp, sample
 
 import reparam
 from reparam.errors import FormatError, InputError
-from reparam.passes.plan import Plan
+from reparam.passes.plan import VERSION, Plan
 
 X = torch.randn(2, 3, 32, 32)
 
@@ -202,7 +202,7 @@ def test_json_round_trip(name: str) -> None:
     again = Plan.from_json(text)
     same(made, again)
     assert again.to_json() == text
-    assert json.loads(text)["version"] == 1
+    assert json.loads(text)["version"] == VERSION
     assert str(again) == str(made)
     assert (again.coverage, again.multiply_adds) == (made.coverage, made.multiply_adds)
 
@@ -228,7 +228,7 @@ def test_unknown_version(unet: Plan) -> None:
     data = json.loads(unet.to_json())
     data["version"] = 99
     with pytest.raises(
-        FormatError, match=r"this plan has version 99, this release of reparam reads version 1; make the"
+        FormatError, match=rf"this plan has version 99, this release of reparam reads version {VERSION}; make the"
     ):
         Plan.from_json(json.dumps(data))
 

@@ -26,7 +26,8 @@ import reparam
 from reparam.cli import main
 from reparam.errors import FormatError, InputError, ReparamError
 from reparam.ops.steps import Realign
-from reparam.passes.plan import LayerPlan, Plan
+from reparam.passes.plan import Plan
+from reparam.passes.rows import LayerPlan
 
 X = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 Ratio = int | Mapping[str, int]

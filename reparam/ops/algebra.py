@@ -2,8 +2,9 @@
 
 Every function returns a kernel that computes what its arguments compute together, exactly (up to rounding), or raises
 :class:`~reparam.errors.KernelError` where there is none. *Law of padding*: in a sequence only the first operator pads.
-Zeros that a second one adds are not what the first would have put there; only a first operator of one tap without
-bias turns zeros into zeros, and may be followed by one that pads.
+Zeros that a second one adds are not what the first would have put there, unless that has no bias and sees nothing but
+zeros beyond its border: because it has one tap, or pads as far as its taps reach. A transposed convolution must not
+need what the one before it cuts off.
 
 Source: DBB (CVPR 2021), transforms I to VI; OREPA (CVPR 2022), online squeezing.
 """
@@ -21,6 +22,15 @@ from torch import Tensor
 
 from reparam.errors import KernelError
 from reparam.ops.kernels import Kernel, Sizes, affine
+
+_WORDS = {
+    "dims": "the number of spatial dimensions",
+    "inputs": "the number of inputs",
+    "outputs": "the number of outputs",
+    "transposed": "kind: one is transposed",
+    "output_padding": "output padding",
+}
+"""Attributes of a kernel as error messages call them."""
 
 
 def scale(kernel: Kernel, factors: Tensor, shift: Tensor | None = None) -> Kernel:
@@ -57,11 +67,10 @@ def resize(kernel: Kernel, size: Sequence[int]) -> Kernel:
     Raises:
         KernelError: it cannot stay in the middle (one size is even, the other odd), or ``size`` is smaller.
     """
-    extra = [new - old for new, old in zip(size, kernel.size, strict=True)]
-    if any(n < 0 or n % 2 for n in extra):
+    extra = [new - old for new, old in zip(size, kernel.size, strict=False)]
+    if len(size) != kernel.dims or any(n < 0 or n % 2 for n in extra):
         raise KernelError(
-            f"a kernel of {_text(kernel.size)} taps has no place in the middle of {_text(size)}: sizes must grow and be "
-            "all odd or all even"
+            f"{kernel} has no place in the middle of {_text(size)} taps: every size must grow by an even number"
         )
     sides = [side for n in reversed(extra) for side in (n // 2, n // 2)]
     padding = tuple(p + d * n // 2 for p, d, n in zip(kernel.padding, kernel.dilation, extra, strict=True))
@@ -86,28 +95,39 @@ def add(*kernels: Kernel) -> Kernel:
     Raises:
         KernelError: the outputs are not of one shape, or are taken at different places.
     """
+    for kernel in kernels[1:]:
+        _check_places(kernels[0], kernel, "added", "dims", "inputs", "outputs")
     return functools.reduce(_add, kernels)
 
 
-def _add(a: Kernel, b: Kernel) -> Kernel:
-    same = ("dims", "inputs", "outputs", "stride", "output_padding", "transposed")
-    for name in same:
+def _check_places(a: Kernel, b: Kernel, done: str, *same: str) -> None:
+    """The outputs of two kernels must be taken at the same places, and the named attributes be the same."""
+    for name in (*same, "transposed", "stride", "output_padding"):
         if getattr(a, name) != getattr(b, name):
-            raise KernelError(f"{a} and {b} differ in {name.replace('_', ' ')}; their outputs cannot be added")
+            raise KernelError(f"{a} and {b} differ in {_WORDS.get(name, name)}; their outputs cannot be {done}")
     for dim in range(a.dims):
         if a.span[dim] - 2 * a.padding[dim] != b.span[dim] - 2 * b.padding[dim]:
-            raise KernelError(f"the outputs of {a} and {b} differ in size; they cannot be added")
+            raise KernelError(f"the outputs of {a} and {b} differ in size; they cannot be {done}")
+    _common(a, b)
+
+
+def _add(a: Kernel, b: Kernel) -> Kernel:
     groups = math.gcd(a.groups, b.groups)
     padding = tuple(map(max, a.padding, b.padding))
-    dilation = tuple(_common(a, b, dim) for dim in range(a.dims))
+    dilation = _common(a, b)
     first, second = (_spread(regroup(kernel, groups), dilation, padding) for kernel in (a, b))
     return replace(first, weight=first.weight + second.weight, bias=_plus(a.bias, b.bias))
 
 
-def _common(a: Kernel, b: Kernel, dim: int) -> int:
+def _common(a: Kernel, b: Kernel) -> Sizes:
     """The distance of taps on which both kernels have theirs."""
-    own = [k.dilation[dim] for k in (a, b) if k.size[dim] > 1]
-    return math.gcd(*own, a.padding[dim] - b.padding[dim]) or max(a.dilation[dim], b.dilation[dim])
+    dilation = []
+    for dim in range(a.dims):
+        own = [k.dilation[dim] for k in (a, b) if k.size[dim] > 1]
+        apart = math.gcd(*own, a.padding[dim] - b.padding[dim])
+        dilation.append(apart or max(a.dilation[dim], b.dilation[dim]))
+    _check_room(f"{a} and {b}", a.output_padding, a.stride, tuple(dilation))
+    return tuple(dilation)
 
 
 def _spread(kernel: Kernel, dilation: Sizes, padding: Sizes) -> Kernel:
@@ -135,26 +155,26 @@ def then(*kernels: Kernel) -> Kernel:
 
 
 def _then(a: Kernel, b: Kernel) -> Kernel:
+    names = f"{a}, then {b}"
     if a.dims != b.dims or a.outputs != b.inputs:
-        raise KernelError(f"{b} does not take what {a} returns")
+        raise KernelError(f"{names}: the second does not take what the first returns")
     a, b = _as_conv(a), _as_conv(b)
     if a.transposed != b.transposed and not (a.pointwise or b.pointwise):
-        raise KernelError(f"{a}, then {b}: a convolution and a transposed one are no single kernel")
+        raise KernelError(f"{names}: a convolution and a transposed one are no single kernel")
     if b.transposed:
-        _check_crop(a, b)
-    elif not a.transposed:
-        _check_padding(a, b)
-    elif any(b.padding):
-        raise KernelError(_padding_reason(a, b))
-    products = _compose_channels(a, b)
-    blocks, dilation = _compose_taps(products, a, b)
+        _check_crop(names, a, b)
+    else:
+        _check_padding(names, a, b)
+    blocks, dilation = _compose_taps(_compose_channels(a, b), a, b)
     steps = tuple(s * t for s, t in zip(a.stride, b.stride, strict=True))
-    frame = b if b.transposed else a
-    own, other = (a, b) if b.transposed else (b, a)
-    padding = tuple(q + s * p for p, q, s in zip(own.padding, other.padding, other.stride, strict=True))
-    if any(n >= max(s, d) for n, s, d in zip(frame.output_padding, steps, dilation, strict=True)):
-        raise KernelError(f"{a}, then {b}: its output padding has no place in the composed kernel")
-    result = replace(frame, stride=steps, padding=padding, dilation=dilation)
+    # Padding counts in the places between which a kernel moves: those before a convolution, behind a transposed one.
+    frame, inner = (b, a) if b.transposed else (a, b)
+    padding, output_padding = (
+        tuple(p + s * q for p, s, q in zip(outer, frame.stride, own, strict=True))
+        for outer, own in ((frame.padding, inner.padding), (frame.output_padding, inner.output_padding))
+    )
+    _check_room(names, output_padding, steps, dilation)
+    result = replace(frame, stride=steps, padding=padding, dilation=dilation, output_padding=output_padding)
     return result.with_blocks(blocks, bias=_plus(_carried(a, b), b.bias))
 
 
@@ -165,29 +185,37 @@ def _as_conv(kernel: Kernel) -> Kernel:
     return replace(kernel, transposed=False).with_blocks(kernel.blocks())
 
 
-def _check_padding(a: Kernel, b: Kernel) -> None:
-    """The law of padding for two convolutions."""
-    if not any(b.padding):
-        return
-    wide = any(p and (k > 1 or q) for p, k, q in zip(b.padding, a.size, a.padding, strict=True))
-    if wide or a.bias is not None:
-        raise KernelError(_padding_reason(a, b))
+def _check_padding(names: str, a: Kernel, b: Kernel) -> None:
+    """The law of padding for a convolution that comes second."""
+    wide = any(p and q < span for p, q, span in zip(b.padding, a.padding, a.span, strict=True))
+    if wide or (any(b.padding) and a.bias is not None):
+        why = "more than one tap" if a.bias is None else "its bias"
+        raise KernelError(
+            f"{names}: the second pads with zeros, where the first would have put something else ({why}); the border "
+            "would be wrong. Pad in front of the first only"
+        )
 
 
-def _padding_reason(a: Kernel, b: Kernel) -> str:
-    why = "its bias" if a.bias is not None else "more than one tap"
-    return (
-        f"{a}, then {b}: the second pads with zeros, where the first would have put something else ({why}); the border "
-        "would be wrong. Pad in front of the first only"
-    )
+def _check_crop(names: str, a: Kernel, b: Kernel) -> None:
+    """The law of padding for a transposed convolution that comes second."""
+    for dim in range(a.dims):
+        cut, kept = a.padding[dim], a.output_padding[dim]
+        # The nearest value that is cut off would be one step beyond the border.
+        left = b.span[dim] - b.padding[dim] - b.stride[dim]
+        if (cut and left >= 0) or (cut > kept and left + b.output_padding[dim] >= 0):
+            raise KernelError(
+                f"{names}: what the first cuts off (its padding) is missing at the border of the second; cut off in "
+                "the last only"
+            )
+    geometry = zip(b.stride, b.padding, b.output_padding, b.span, strict=True)
+    if a.bias is not None and any(s > 1 or p - o < span for s, p, o, span in geometry):
+        raise KernelError(f"{names}: the second does not bring the bias of the first to every place alike")
 
 
-def _check_crop(a: Kernel, b: Kernel) -> None:
-    """The law of padding for what a transposed convolution follows."""
-    if any(a.padding) or any(a.output_padding):
-        raise KernelError(f"{a}, then {b}: what the first cuts off is missing in the second; cut off in the last only")
-    if a.bias is not None and not b.pointwise:
-        raise KernelError(f"{a}, then {b}: the bias of the first reaches border and middle differently")
+def _check_room(names: str, output_padding: Sizes, stride: Sizes, dilation: Sizes) -> None:
+    """Torch wants an output padding that is smaller than stride or dilation."""
+    if any(n >= max(s, d) for n, s, d in zip(output_padding, stride, dilation, strict=True)):
+        raise KernelError(f"{names}: an output padding of {output_padding} has no place in a single kernel")
 
 
 def _carried(a: Kernel, b: Kernel) -> Tensor | None:
@@ -259,6 +287,8 @@ def concatenate(*kernels: Kernel) -> Kernel:
     Raises:
         KernelError: their outputs differ in size or place.
     """
+    for kernel in kernels[1:]:
+        _check_places(kernels[0], kernel, "concatenated", "dims", "inputs")
     dense = [regroup(k, 1) for k in kernels]
     outputs = sum(k.outputs for k in dense)
     padded = []

@@ -81,12 +81,23 @@ class Kernel:
     def __call__(self, x: Tensor) -> Tensor:
         """Run the operator on ``x`` [N, I, ...] (a linear layer: [..., I])."""
         if not self.dims:
-            return F.linear(x, self.weight, self.bias)
+            return self._linear(x)
         if self.transposed:
             return _TRANSPOSED[self.dims](
                 x, self.weight, self.bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation
             )
         return _CONV[self.dims](x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def _linear(self, x: Tensor) -> Tensor:
+        """The operator without spatial dimensions; torch knows no linear layer with groups."""
+        if self.groups == 1 and not self.transposed:
+            return F.linear(x, self.weight, self.bias)
+        y = torch.einsum("...gi,goi->...go", x.unflatten(-1, (self.groups, -1)), self.blocks()).flatten(-2)
+        return y if self.bias is None else y + self.bias
+
+    def with_bias(self, bias: Tensor | None) -> Kernel:
+        """Return this kernel with ``bias`` [O] added to its own."""
+        return replace(self, bias=bias if self.bias is None else self.bias if bias is None else self.bias + bias)
 
     def blocks(self) -> Tensor:
         """Return the weight as [groups, O / groups, I / groups, *size]."""
@@ -99,12 +110,12 @@ class Kernel:
         return replace(self, weight=flat, groups=blocks.shape[0], **changes)
 
     def __repr__(self) -> str:
-        word = "transposed " if self.transposed else ""
-        parts = [f"{word}kernel {self.inputs} -> {self.outputs}"]
+        word = "transposed convolution" if self.transposed else "convolution" if self.dims else "linear layer"
+        parts = [f"{word} {self.inputs} -> {self.outputs}"]
         parts += ["x".join(map(str, self.size))] if self.dims else []
         for name, plain in (("stride", 1), ("padding", 0), ("dilation", 1), ("output_padding", 0)):
             value = getattr(self, name)
-            parts += [f"{name} {value}"] if any(v != plain for v in value) else []
+            parts += [f"{name.replace('_', ' ')} {value}"] if any(v != plain for v in value) else []
         parts += [f"groups {self.groups}"] if self.groups > 1 else []
         return f"<{', '.join(parts)}{'' if self.bias is None else ', with bias'}>"
 
@@ -126,11 +137,22 @@ def conv(
     steps = _each(stride, dims)
     apart = _each(dilation, dims)
     if isinstance(padding, str):
-        spans = [d * (k - 1) for d, k in zip(apart, weight.shape[2:], strict=True)]
-        if padding == "same" and (any(s % 2 for s in spans) or set(steps) - {1}):
-            raise KernelError("padding='same' of an even kernel puts more zeros on one side than on the other")
-        padding = tuple(s // 2 if padding == "same" else 0 for s in spans)
+        padding = _padding_of(padding, tuple(weight.shape[2:]), steps, apart)
     return Kernel(weight, bias, steps, _each(padding, dims), apart, (0,) * dims, groups)
+
+
+def _padding_of(word: str, size: Sizes, stride: Sizes, dilation: Sizes) -> Sizes:
+    """Return what ``"same"`` and ``"valid"`` stand for."""
+    if word not in ("same", "valid"):
+        raise KernelError(f"padding={word!r} is neither a number nor 'same' or 'valid'")
+    if word == "valid":
+        return (0,) * len(size)
+    if set(stride) - {1}:
+        raise KernelError(f"padding='same' with stride {stride}: the output is not as large as the input")
+    spans = [d * (k - 1) for d, k in zip(dilation, size, strict=True)]
+    if any(span % 2 for span in spans):
+        raise KernelError("padding='same' of an even kernel puts more zeros on one side than on the other")
+    return tuple(span // 2 for span in spans)
 
 
 def conv_transpose(
@@ -144,8 +166,8 @@ def conv_transpose(
 ) -> Kernel:
     """Return the kernel of a transposed convolution, with the arguments of ``F.conv_transpose2d``."""
     dims = weight.dim() - 2
-    each = [_each(v, dims) for v in (stride, padding, dilation, output_padding)]
-    return Kernel(weight, bias, *each, groups=groups, transposed=True)
+    steps, cut, apart, more = (_each(v, dims) for v in (stride, padding, dilation, output_padding))
+    return Kernel(weight, bias, steps, cut, apart, more, groups, transposed=True)
 
 
 def linear(weight: Tensor, bias: Tensor | None = None) -> Kernel:
@@ -192,9 +214,10 @@ def frequency(channels: int, size: Sequence[int], like: Tensor) -> Kernel:
     The channels are cut into one part per spatial dimension. Channel ``i`` of a part, counted from 0, holds
     ``cos(pi (t + 0.5) (i + 1) / K)`` at tap ``t`` of K along the part's dimension, constant along the others.
 
-    Source: OREPA (CVPR 2022), frequency prior filter; there for two dimensions and 3 taps.
+    Source: OREPA (CVPR 2022), frequency prior filter; there for two dimensions and 3 taps. Where the
+    parts are not equal, the first ones have one channel more (the paper's code then counts the second from a half).
     """
-    weight = torch.empty((channels, 1, *size), dtype=like.dtype, device=like.device)
+    weight = torch.ones((channels, 1, *size), dtype=like.dtype, device=like.device)
     start = 0
     for dim, k in enumerate(size):
         stop = start + (channels - start + len(size) - dim - 1) // (len(size) - dim)

@@ -7,6 +7,7 @@ division on the input side so that activations keep their scale).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,7 +86,7 @@ class ParamMap:
         wide = wide.clone(memory_format=torch.contiguous_format) if wide.data_ptr() == value.data_ptr() else wide
         real = value.numel() > 0 and value.is_floating_point() and value.device.type != "meta"
         if amplitude and self.noise is not None and real:
-            self._add_noise(wide, amplitude * float(value.detach().float().square().mean().sqrt()), generator)
+            self._add_noise(wide, amplitude * _root_mean_square(value.detach()), generator)
         return wide
 
     def narrow(self, wide: Tensor) -> Tensor:
@@ -177,6 +178,12 @@ def first_replicas(value: Tensor, dim: int, replica_map: ReplicaMap) -> Tensor:
 Positions = slice | Tensor
 
 
+def _root_mean_square(value: Tensor) -> float:
+    if value.dtype == torch.float64:
+        return float(torch.linalg.vector_norm(value)) / math.sqrt(value.numel())
+    return float(value.float().square().mean().sqrt())
+
+
 def _replica_positions(replica_map: ReplicaMap) -> list[Positions]:
     """Teacher positions of the k-th replica of the student indices, in their order, for each k."""
     ratio = replica_map.innermost
@@ -200,7 +207,7 @@ def _noise_block(
         block = view[rows][:, column]
         # The last replica takes what is missing to zero. Drawn on the CPU: a seed means the same on every device.
         if total is not None and k == len(columns) - 1:
-            eps = -total
+            eps = total.neg_()
         else:
             eps = torch.randn(block.shape, generator=generator).mul_(scale).to(view.device, view.dtype)
             total = eps if total is None else total + eps

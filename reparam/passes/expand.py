@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from reparam.passes.branches import Branches, add_branches, check_branches, check_init
 from reparam.passes.capture import Capture
 from reparam.passes.example import Inputs, accepts, batch_of, inputs_from_json, normalise, random_like
 from reparam.passes.modes import require
@@ -17,7 +18,7 @@ from reparam.passes.plan import Plan
 from reparam.passes.ratios import check_ratio
 from reparam.passes.search import prepare
 from reparam.passes.teacher import Teacher
-from reparam.passes.validate import check_branches, check_heads, check_model, check_noise
+from reparam.passes.validate import check_heads, check_model, check_noise
 from reparam.passes.verify import OtherBatch, Rewritten, verify
 from reparam.passes.widen import build_teacher, programs_of_parts, rewrite
 
@@ -26,7 +27,8 @@ def plan(
     model: nn.Module,
     ratio: int | Mapping[str, int] = 2,
     *,
-    branches: Any = None,
+    branches: Branches = None,
+    init: str = "student",
     example_input: Any = None,
     ignore: Iterable[str | type] = (),
     heads: str = "auto",
@@ -43,7 +45,14 @@ def plan(
     Args:
         model: the student.
         ratio: replicas per channel, an int >= 1; or name or pattern -> ratio: ``{"layer4.*": 4, "*": 2}``.
-        branches: branch recipe; this release has none.
+        branches: branches beside layers (``"orepa"``, ``"acb"``, ``"dbb"``, ``"repvgg"``, ``"mobileone"``,
+            ``"expandnet"``, or one of your own), with options behind a colon: ``"orepa:branches=4"``. A recipe is
+            written for every layer that fulfils its condition; a mapping says where: name, glob, ``re:`` pattern or
+            module type -> recipe, or None for no branches. The first entry that matches counts and overrides the
+            recipe's condition, but for ``"*"``, which stands for the rest.
+        init: ``"student"``: the function stays that of the model, new branches start with scale 0 and wake up in
+            training. ``"scratch"``: the recipe's own scales; the teacher then computes the function of the model with
+            branches.
         example_input: a tensor, a tuple of positional inputs or a dict of keyword inputs; found from timm's
             configuration or the first layers where None.
         ignore: names, globs or module types of layers that keep their width.
@@ -55,17 +64,18 @@ def plan(
         ModelError: a model that cannot be expanded.
         CaptureError: the forward pass cannot be recorded.
     """
-    ratio = check_ratio(ratio)
-    check_branches(branches)
+    ratio, wanted, init = check_ratio(ratio), check_branches(branches), check_init(init, branches)
     check_model(model, values=False)
-    return prepare(model, ratio, example_input, ignore, check_heads(heads))[2]
+    capture, _inputs, made = prepare(model, ratio, example_input, ignore, check_heads(heads))
+    return add_branches(model, capture, made, wanted, init)
 
 
 def expand(
     model: nn.Module,
     ratio: int | Mapping[str, int] = 2,
     *,
-    branches: Any = None,
+    branches: Branches = None,
+    init: str = "student",
     example_input: Any = None,
     noise: float = 0.25,
     ignore: Iterable[str | type] = (),
@@ -80,7 +90,9 @@ def expand(
     Args:
         model: the student.
         ratio: replicas per channel, an int >= 1, or a mapping; see :func:`plan`.
-        branches: branch recipe; this release has none.
+        branches: see :func:`plan`. Branches are kept under ``reparam_branches.``, those without norms run as one
+            convolution, those with norms as several in train mode.
+        init: see :func:`plan`.
         example_input: see :func:`plan`.
         noise: symmetry breaking, relative to the rms of each weight, in [0, 1]. It sums to zero over the replicas
             of each input, so the function stays exact. Drawn from torch's default generator.
@@ -88,16 +100,17 @@ def expand(
         heads: see :func:`plan`.
         verify: run both networks once in float64 and compare every node.
 
-    Source: GPD (ICLR 2025), inverse reparameterization, channel level; exact here.
+    Source: GPD (ICLR 2025), inverse reparameterization, channel and branch level; exact here.
 
     Raises:
         InputError, ModelError, CaptureError: see :func:`plan`; also NaN or Inf among the weights.
         VerificationError: a node of the teacher differs from the student's.
     """
     ratio, noise = check_ratio(ratio), check_noise(noise)
-    check_branches(branches)
+    wanted, init = check_branches(branches), check_init(init, branches)
     check_model(model)
     capture, inputs, made = prepare(model, ratio, example_input, ignore, check_heads(heads))
+    made = add_branches(model, capture, made, wanted, init)
     if verify:
         verify_plan(model, capture, made, *verified_inputs(capture, made, inputs, example_input))
     return build_teacher(model, capture, made, noise)

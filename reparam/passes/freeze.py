@@ -14,9 +14,10 @@ from reparam.passes.capture import Capture, key_of
 from reparam.passes.example import Inputs, describe_inputs
 from reparam.passes.layers import find_layers, resolve
 from reparam.passes.modes import require
-from reparam.passes.plan import EditPlan, LayerPlan, Plan
+from reparam.passes.plan import Plan
 from reparam.passes.planner import Planner
 from reparam.passes.ratios import Ratio, Ratios
+from reparam.passes.rows import EditPlan, LayerPlan
 from reparam.passes.skeleton import canonical_names, named_tensors
 from reparam.passes.splits import Choices
 from reparam.passes.state import State, operator_name

@@ -73,7 +73,7 @@ def _assign(
     modules = [path for path, _module in root.named_modules() if path]
     taken: dict[str, str] = {}
     for entry in ratio:
-        found = _matches(entry, modules, names)
+        found = matching(entry, modules, names)
         if not found:
             near = near_matches(entry.removeprefix("re:"), [*modules, *names])
             raise InputError(f"ratio entry {entry!r} matches no module or parameter{near}")
@@ -97,7 +97,7 @@ def _assign(
     return taken
 
 
-def _matches(entry: str, modules: Iterable[str], names: Mapping[str, str]) -> set[str]:
+def matching(entry: str, modules: Iterable[str], names: Mapping[str, str]) -> set[str]:
     """Return the parameters that an entry names, by their first names, or by a module above them."""
     if entry.startswith("re:"):
         fits = re.compile(entry.removeprefix("re:")).fullmatch

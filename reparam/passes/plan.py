@@ -16,68 +16,28 @@ from typing import Any
 from reparam.errors import FormatError, InputError
 from reparam.ops.maps import ReplicaMap
 from reparam.ops.params import ParamMap
-from reparam.ops.steps import Step, step_from_json
 from reparam.passes.example import inputs_from_json
 from reparam.passes.ratios import Ratio, ratio_from_json, ratio_to_json
+from reparam.passes.rows import (
+    BranchPlan,
+    ContractionPlan,
+    EditPlan,
+    LayerPlan,
+    branch_from,
+    check_strings,
+    check_types,
+    contraction_from,
+    edit_from_json,
+    edit_to_json,
+    layer_from,
+    param_map_from,
+)
 
-VERSION = 1
+VERSION = 2
+"""Of the JSON form. 2: branches."""
 
 STATISTICS = "student_statistics"
 """Prefix of the student's own norm statistics in a teacher's state_dict."""
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """One conv or linear weight.
-
-    Args:
-        name: path of the parameter.
-        operator: operator that uses it.
-        source: file and line of the call.
-        shape: student shape.
-        wide_shape: teacher shape.
-        inputs: the input side is widened, or is the network's own input.
-        outputs: the output side is widened, or is the network's own output.
-        reason: why a side keeps its width, or an empty string.
-        multiply_adds: of the student, per sample.
-        wide_multiply_adds: of the teacher, per sample.
-    """
-
-    name: str
-    operator: str
-    source: str
-    shape: tuple[int, ...]
-    wide_shape: tuple[int, ...]
-    inputs: bool
-    outputs: bool
-    reason: str
-    multiply_adds: int
-    wide_multiply_adds: int
-
-    @property
-    def widened(self) -> bool:
-        """Whether both sides are widened as far as the network allows."""
-        return self.inputs and self.outputs and self.wide_shape != self.shape
-
-
-@dataclass(frozen=True)
-class ContractionPlan:
-    """A node in front of which values return to student width, with the reason."""
-
-    node: str
-    operator: str
-    module: str
-    source: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class EditPlan:
-    """How the teacher's node differs from the student's (see ``reparam.passes.call.NodeEdit``)."""
-
-    steps: tuple[tuple[tuple[Any, ...], tuple[Step, ...]], ...] = ()
-    constants: tuple[tuple[tuple[Any, ...], Any], ...] = ()
-    out: tuple[Step, ...] = ()
 
 
 @dataclass(frozen=True, repr=False)
@@ -100,6 +60,8 @@ class Plan:
         notes: what a user should know.
         specialised: modules and functions that were recorded for the sizes of the example input, with guards.
         opened: modules without a graph whose submodules were recorded one by one.
+        branches: layers with branches.
+        unbranched: layers that were to have branches and have none -> the reason.
     """
 
     model: str
@@ -119,9 +81,11 @@ class Plan:
     notes: tuple[str, ...] = field(default=())
     specialised: tuple[str, ...] = field(default=())
     opened: tuple[str, ...] = field(default=())
+    branches: tuple[BranchPlan, ...] = field(default=())
+    unbranched: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("inputs", "params", "edits", "attributes", "value_maps", "leaves", "ratio"):
+        for name in ("inputs", "params", "edits", "attributes", "value_maps", "leaves", "ratio", "unbranched"):
             if isinstance(getattr(self, name), Mapping):
                 object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
 
@@ -175,7 +139,27 @@ class Plan:
         for c in self.contractions:
             where = f" in {c.module}" if c.module else ""
             lines.append(f"contracted before {c.operator} ({c.node}{where}, {c.source}): {c.reason}")
-        return [*lines, *self.notes]
+        return [*lines, *self._branch_lines(), *self.notes]
+
+    def _branch_lines(self) -> list[str]:
+        if not (self.branches or self.unbranched):
+            return []
+        kinds: dict[str, list[BranchPlan]] = {}
+        for branch in self.branches:
+            kinds.setdefault(f"{branch.recipe}, init {branch.site.init}", []).append(branch)
+        lines = []
+        for kind, found in kinds.items():
+            lines.append(f"branches {kind}: {len(found)} layers: {', '.join(b.site.name for b in found)}")
+        extra, wide = (sum(getattr(b, f"{w}parameters") for b in self.branches) for w in ("", "wide_"))
+        work = sum(b.wide_merge_multiply_adds for b in self.branches)
+        lines.append(
+            f"branch parameters {_count(extra)} -> {_count(wide)}, "
+            f"multiply-adds to merge the teacher's, once per forward pass: {_count(work)}"
+        )
+        reasons: dict[str, list[str]] = {}
+        for name, reason in self.unbranched.items():
+            reasons.setdefault(reason, []).append(name)
+        return [*lines, *(f"no branches for {', '.join(names)}: {reason}" for reason, names in reasons.items())]
 
     def to_dot(self) -> str:
         """Return the plan as a graphviz graph: layers in order, widened ones filled, with their shapes."""
@@ -208,7 +192,7 @@ class Plan:
             "ratio": ratio_to_json(self.ratio),
             "inputs": dict(self.inputs),
             "params": {name: m.to_json() for name, m in self.params.items()},
-            "edits": {name: _edit_to_json(edit) for name, edit in self.edits.items()},
+            "edits": {name: edit_to_json(edit) for name, edit in self.edits.items()},
             "attributes": dict(self.attributes),
             "statistics": list(self.statistics),
             "layers": [asdict(layer) for layer in self.layers],
@@ -224,6 +208,8 @@ class Plan:
             "notes": list(self.notes),
             "specialised": list(self.specialised),
             "opened": list(self.opened),
+            "branches": [branch.to_json() for branch in self.branches],
+            "unbranched": dict(self.unbranched),
         }
         try:
             return json.dumps(data)
@@ -259,7 +245,8 @@ class Plan:
 _TYPES: dict[str, type] = {
     "model": str, "inputs": dict, "params": dict, "edits": dict, "attributes": dict, "statistics": list,
     "layers": list, "contractions": list, "value_maps": dict, "leaves": dict, "graph": str, "parameters": int,
-    "wide_parameters": int, "notes": list, "specialised": list, "opened": list,
+    "wide_parameters": int, "notes": list, "specialised": list, "opened": list, "branches": list,
+    "unbranched": dict,
 }  # fmt: skip
 
 
@@ -267,21 +254,21 @@ def _plan_from(data: dict[str, Any]) -> Plan:
     def tensors(rows: list[Any]) -> tuple[Any, ...]:
         return tuple(tuple((int(d), ReplicaMap.from_json(m)) for d, m in maps) for maps in rows)
 
-    _check_types(data, _TYPES)
+    check_types(data, _TYPES)
     inputs_from_json(data["inputs"])
-    _check_strings(
+    check_strings(
         [*data["statistics"], *data["notes"], *data["specialised"], *data["opened"], *data["leaves"].values()]
     )
     return Plan(
         model=data["model"],
         ratio=ratio_from_json(data["ratio"]),
         inputs=data["inputs"],
-        params={name: _param_map_from(m) for name, m in data["params"].items()},
-        edits={name: _edit_from_json(edit) for name, edit in data["edits"].items()},
+        params={name: param_map_from(m) for name, m in data["params"].items()},
+        edits={name: edit_from_json(edit) for name, edit in data["edits"].items()},
         attributes={name: tuple(v) if isinstance(v, list) else v for name, v in data["attributes"].items()},
         statistics=tuple(data["statistics"]),
-        layers=tuple(_layer_from(row) for row in data["layers"]),
-        contractions=tuple(_contraction_from(row) for row in data["contractions"]),
+        layers=tuple(layer_from(row) for row in data["layers"]),
+        contractions=tuple(contraction_from(row) for row in data["contractions"]),
         value_maps={name: tensors(rows) for name, rows in data["value_maps"].items()},
         leaves=data["leaves"],
         graph=data["graph"],
@@ -290,76 +277,9 @@ def _plan_from(data: dict[str, Any]) -> Plan:
         notes=tuple(data["notes"]),
         specialised=tuple(data["specialised"]),
         opened=tuple(data["opened"]),
+        branches=tuple(map(branch_from, data["branches"])),
+        unbranched=data["unbranched"],
     )
-
-
-def _check_types(row: Mapping[str, Any], types: Mapping[str, type]) -> None:
-    for name, kind in types.items():
-        if not isinstance(row[name], kind) or (kind is int and isinstance(row[name], bool)):
-            raise TypeError(f"{name} is {row[name]!r:.40}, not a {kind.__name__}")
-
-
-def _check_strings(values: list[Any]) -> None:
-    if not all(isinstance(value, str) for value in values):
-        raise TypeError("something else stands where text is needed")
-
-
-def _sizes(values: Any) -> tuple[int, ...]:
-    if not isinstance(values, list) or not all(type(n) is int and n >= 0 for n in values):
-        raise TypeError(f"{values!r:.40} is no list of sizes")
-    return tuple(values)
-
-
-def _param_map_from(row: dict[str, Any]) -> ParamMap:
-    shape = _sizes(row["shape"])
-    dims = [*_sizes(row["divide"]), *_sizes(row["noise"] or [])]
-    if any(dim >= len(shape) for dim in dims):
-        raise ValueError(f"a parameter of shape {list(shape)} has no dimension {max(dims)}")
-    return ParamMap.from_json(row)
-
-
-def _layer_from(row: dict[str, Any]) -> LayerPlan:
-    types = {"multiply_adds": int, "wide_multiply_adds": int, "inputs": bool, "outputs": bool}
-    _check_types(row, {**types, "name": str, "operator": str, "source": str, "reason": str})
-    return LayerPlan(**{**row, "shape": _sizes(row["shape"]), "wide_shape": _sizes(row["wide_shape"])})
-
-
-def _contraction_from(row: dict[str, Any]) -> ContractionPlan:
-    result = ContractionPlan(**row)
-    _check_strings(list(row.values()))
-    return result
-
-
-def _edit_to_json(edit: EditPlan) -> dict[str, Any]:
-    return {
-        "steps": [[list(path), [step.to_json() for step in steps]] for path, steps in edit.steps],
-        "constants": [[list(path), _constant_to_json(value)] for path, value in edit.constants],
-        "out": [step.to_json() for step in edit.out],
-    }
-
-
-def _edit_from_json(data: dict[str, Any]) -> EditPlan:
-    return EditPlan(
-        tuple((tuple(path), tuple(step_from_json(step) for step in steps)) for path, steps in data["steps"]),
-        tuple((tuple(path), _constant_from_json(value)) for path, value in data["constants"]),
-        tuple(step_from_json(step) for step in data["out"]),
-    )
-
-
-def _constant_to_json(value: Any) -> Any:
-    if isinstance(value, slice):
-        return {"slice": [value.start, value.stop, value.step]}
-    if isinstance(value, tuple):
-        return {"tuple": [_constant_to_json(v) for v in value]}
-    return value
-
-
-def _constant_from_json(value: Any) -> Any:
-    if isinstance(value, dict) and "slice" in value:
-        return slice(*value["slice"])
-    if isinstance(value, dict) and "tuple" in value:
-        return tuple(_constant_from_json(v) for v in value["tuple"])
-    return value
 
 
 def describe_spec(inputs: Mapping[str, Any]) -> str:

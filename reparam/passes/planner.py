@@ -20,11 +20,11 @@ from reparam.passes.capture import Capture, key_of
 from reparam.passes.dependence import ancestors, is_wider, placements, substitute
 from reparam.passes.leaves import is_opaque_function, keep_leaf
 from reparam.passes.meta import Unknown
-from reparam.passes.plan import ContractionPlan
 from reparam.passes.ratios import Ratios
 from reparam.passes.records import note_statistics
 from reparam.passes.registry import find_rule
 from reparam.passes.roles import Roles
+from reparam.passes.rows import ContractionPlan
 from reparam.passes.skeleton import canonical_names, named_tensors
 from reparam.passes.splits import Choices
 from reparam.passes.state import Restart, State, function_key, operator_name

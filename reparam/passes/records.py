@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
 
-from reparam.passes.plan import LayerPlan
 from reparam.passes.registry import statistics_of
+from reparam.passes.rows import LayerPlan
 from reparam.passes.state import operator_name
 from reparam.passes.values import Free, Pair, holds_tensor
 

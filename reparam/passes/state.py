@@ -10,7 +10,7 @@ from torch import fx
 
 from reparam.ops.params import ParamMap
 from reparam.passes.call import NodeEdit
-from reparam.passes.plan import ContractionPlan, LayerPlan
+from reparam.passes.rows import ContractionPlan, LayerPlan
 from reparam.passes.values import Value
 
 

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from reparam.errors import InputError
 from reparam.passes.parts import HOST, host_of
@@ -133,16 +133,20 @@ def statistics_tree(model: nn.Module, names: tuple[str, ...]) -> nn.Module:
     """Return a module tree that holds copies of the given buffers under their own paths."""
     tree = nn.Module()
     for name in names:
-        *path, leaf = name.split(".")
-        holder = tree
-        for part in path:
-            if part not in holder._modules:
-                holder.add_module(part, nn.Module())
-            holder = holder.get_submodule(part)
-        source = model.get_buffer(name)
-        persistent = leaf not in model.get_submodule(".".join(path))._non_persistent_buffers_set
-        holder.register_buffer(leaf, source.detach().clone(), persistent=persistent)
+        path, _, leaf = name.rpartition(".")
+        persistent = leaf not in model.get_submodule(path)._non_persistent_buffers_set
+        add_buffer(tree, name, model.get_buffer(name).detach().clone(), persistent)
     return tree
+
+
+def add_buffer(tree: nn.Module, name: str, tensor: Tensor, persistent: bool) -> None:
+    """Register a buffer under a dotted name; modules on the way are made where there are none."""
+    *path, leaf = name.split(".")
+    for part in path:
+        if part not in tree._modules:
+            tree.add_module(part, nn.Module())
+        tree = tree.get_submodule(part)
+    tree.register_buffer(leaf, tensor, persistent=persistent)
 
 
 def require_teacher(value: Any) -> Teacher:

@@ -44,16 +44,6 @@ def check_heads(heads: Any) -> str:
     return str(heads)
 
 
-def check_branches(branches: Any) -> None:
-    """Refuse branch recipes, which this release does not have.
-
-    Raises:
-        InputError: ``branches`` is not None.
-    """
-    if branches is not None:
-        raise InputError(f"branches={branches!r}: this release widens channels only; leave branches=None")
-
-
 def check_model(model: Any, values: bool = True) -> None:
     """Refuse models that cannot be expanded.
 

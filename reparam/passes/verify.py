@@ -27,8 +27,9 @@ from reparam.passes.meta import has_tensor
 from reparam.passes.plan import Plan
 from reparam.passes.skeleton import canonical_names, named_tensors
 from reparam.passes.torch_modules import without_fast_paths
+from reparam.passes.trial import Trial
 from reparam.passes.values import walk
-from reparam.passes.world import Fetch, World, eval_mode, in_double
+from reparam.passes.world import Fetch, World, eval_mode, in_double, in_single
 
 TOLERANCE = 1e-9
 """Relative error of a node above which verification fails. Exact expansion stays below 1e-12."""
@@ -74,8 +75,11 @@ def verify(model: nn.Module, capture: Capture, rewritten: Rewritten, plan: Plan,
     Raises:
         VerificationError: a node differs; names node, operator, module and source line.
     """
-    student = World(capture.graph, capture.root, _student_tensors(model))
-    tensors = _teacher_tensors(model, plan, student.tensors)
+    plain, tensors = _student_tensors(model), _teacher_tensors(model, plan)
+    student = World(capture.graph, capture.root, plain)
+    if plan.branches:
+        trial = Trial(plan, canonical_names(model), plain, tensors)
+        student.tensors, tensors = trial.student, trial.teacher
     teacher = World(rewritten.graph, capture.root, tensors, rewritten.steps, plan.attributes, rewritten.parts)
     partner = {new: old for old, new in rewritten.nodes.items()}
     leaves = [v for v in pytree.tree_leaves(inputs) if isinstance(v, Tensor)]
@@ -88,15 +92,17 @@ def verify(model: nn.Module, capture: Capture, rewritten: Rewritten, plan: Plan,
     single: set[fx.Node] = set()
     recorded: Any = None
     devices = [leaves[0].device] if leaves and leaves[0].device.type == "cuda" else []
+    # torch.manual_seed takes a traceback for each kind of device that is not in use.
+    seed = torch.manual_seed if any(v.device.type != "cpu" for v in leaves) else torch.default_generator.manual_seed
     with torch.no_grad(), torch.random.fork_rng(devices), in_double():
         for node in rewritten.graph.nodes:
-            torch.manual_seed(0)
+            seed(0)
             teacher.run(node, feeds)
             old = partner.get(node)
             if old is not None and old.op == "get_attr":
                 student.run(old, feeds)  # a weight alone obeys its parameter map, not the invariant
             elif old is not None:
-                torch.manual_seed(0)
+                seed(0)
                 student.run(old, feeds)
                 if teacher.single or student.single or single & set(old.all_input_nodes):
                     single.add(old)
@@ -292,8 +298,8 @@ def _varied(name: str, tensor: Tensor) -> Tensor:
     return value
 
 
-def _teacher_tensors(model: nn.Module, plan: Plan, student: Fetch) -> Fetch:
-    canonical = canonical_names(model)
+def _teacher_tensors(model: nn.Module, plan: Plan) -> Fetch:
+    canonical, student = canonical_names(model), _student_tensors(model)
 
     def fetch(name: str) -> Any:
         value = student(canonical.get(name, name))
@@ -301,6 +307,7 @@ def _teacher_tensors(model: nn.Module, plan: Plan, student: Fetch) -> Fetch:
         if value is None or param_map is None:
             return value
         generator = torch.Generator().manual_seed(sum(name.encode()))
-        return param_map.widen(value, 0.25, generator)
+        with in_single():  # the noise; the weight is in float64 already
+            return param_map.widen(value, 0.25, generator)
 
     return fetch

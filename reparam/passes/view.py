@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 from reparam.errors import InputError
 from reparam.ops.params import ParamMap
+from reparam.passes.blocks import StudentBranches, running_branches
 from reparam.passes.plan import STATISTICS
 from reparam.passes.skeleton import canonical_names, named_tensors, rebuild
 from reparam.passes.teacher import Teacher, require_teacher
@@ -88,10 +89,15 @@ class Narrowing:
         for name, first in canonical_names(teacher.skeleton).items():
             names.setdefault(first, []).append(name)
         own = set(teacher.plan.statistics)
+        self.names = names
         self.sources = [_source(teacher, first, tuple(same), own) for first, same in names.items()]
+        self.branches = [StudentBranches(teacher, branch) for branch in teacher.plan.branches]
 
-    def __call__(self) -> dict[str, Tensor]:
-        """Return the tensors by name; tied names get the same tensor."""
+    def __call__(self, running: Collection[StudentBranches] = ()) -> dict[str, Tensor]:
+        """Return the tensors by name; tied names get the same tensor.
+
+        Branches are merged into the weights of their layers, but for those in ``running``.
+        """
         result: dict[str, Tensor] = {}
         for source in self.sources:
             value = source.slots[source.slot]
@@ -102,6 +108,9 @@ class Narrowing:
                 value = value.clone() if source.moves and value._is_view() else value
             for name in source.names:
                 result[name] = value
+        for branch in self.branches:
+            if branch not in running:
+                branch.merge_into(result, self.names)
         return result
 
 
@@ -150,9 +159,11 @@ class StudentView(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the student; inputs and outputs are those of the original model."""
-        tensors = self._narrow()
+        running = {b: self.network.get_submodule(b.module).training for b in self._narrow.branches if b.running}
+        tensors = self._narrow(running)
         own = {name: tensors[name] for name in self.teacher.plan.statistics}
-        result = functional_call(self.network, tensors, args, kwargs)
+        with running_branches(running, tensors):
+            result = functional_call(self.network, tensors, args, kwargs)
         for name, tensor in own.items():
             # A module that assigns a new statistic instead of updating the old one in place.
             if tensors[name] is not tensor:

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from reparam.ops.steps import STEPS, Step
+from reparam.passes.blocks import add_blocks, insert_blocks
 from reparam.passes.capture import Capture, key_of
 from reparam.passes.parts import HOST, BoundPart, Given, bind, relative
-from reparam.passes.plan import STATISTICS, EditPlan, Plan
+from reparam.passes.plan import STATISTICS, Plan
 from reparam.passes.program import Program
+from reparam.passes.rows import EditPlan
 from reparam.passes.skeleton import canonical_names, module_and_attribute, rebuild
 from reparam.passes.teacher import Teacher, statistics_tree
 from reparam.passes.torch_recurrent import compact
@@ -40,10 +42,12 @@ def build_teacher(model: nn.Module, capture: Capture, plan: Plan, noise: float) 
                 root.get_submodule(path).register_buffer(name, value, persistent=False)
     if plan.statistics:
         root.add_module(STATISTICS, statistics_tree(model, plan.statistics))
+    add_blocks(root, model, plan, noise)
     steps: dict[str, nn.Module] = {}
     programs = []
     for part in capture.modes:
         graph, nodes = rewrite(part.graph, plan.edits, steps)
+        insert_blocks(graph, plan, canonical, nodes)
         programs.append(Program(graph, {path: _renamed(calls, nodes) for path, calls in part.outputs.items()}))
     if steps:
         holder = nn.Module()

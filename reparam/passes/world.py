@@ -142,6 +142,13 @@ def in_double() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def in_single() -> Iterator[None]:
+    """Let code draw random numbers in single precision, eight times as fast, also inside `in_double`."""
+    with _in(torch.float32), torch._C.DisableTorchFunction():  # and with it, _Doubles
+        yield
+
+
+@contextlib.contextmanager
 def _in(dtype: torch.dtype) -> Iterator[None]:
     """Set the default dtype."""
     before = torch.get_default_dtype()

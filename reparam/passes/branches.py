@@ -1,0 +1,192 @@
+"""Which layers get branches: the argument, the recipes' conditions, and what the plan says about every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from reparam.errors import InputError, KernelError
+from reparam.ops import recipes
+from reparam.ops.block import merge, new_tensors, wide_frame, widening
+from reparam.ops.expressions import Expression, has_norms
+from reparam.ops.frames import Frame
+from reparam.ops.params import ParamMap
+from reparam.ops.recipes import Recipe, Site, Unfit
+from reparam.passes.capture import Capture
+from reparam.passes.layers import matching
+from reparam.passes.plan import Plan
+from reparam.passes.rows import BranchPlan
+from reparam.passes.sites import Operator, find_operators
+from reparam.passes.skeleton import canonical_names
+
+Branches = str | Recipe | Mapping[str | type, str | Recipe | None] | None
+"""A recipe; or name, glob, ``re:`` pattern or module type -> recipe or None. The first entry that matches counts."""
+
+REST = "*"
+"""The entry of a mapping that stands for all other layers, under the recipe's own condition."""
+
+
+def check_branches(branches: Any) -> dict[str | type, Recipe | None]:
+    """Return the argument as a mapping, empty for None.
+
+    Raises:
+        InputError: an unknown recipe or option, or an entry of another type.
+    """
+    if branches is None:
+        return {}
+    if not isinstance(branches, Mapping):
+        return {REST: recipes.get(branches)}
+    for entry in branches:
+        if not isinstance(entry, (str, type)):
+            raise InputError(f"a branches entry is a name, a glob, 're:...' or a module type, not {entry!r}")
+    return {entry: None if value is None else recipes.get(value) for entry, value in branches.items()}
+
+
+def check_init(init: Any, branches: Any) -> str:
+    """Return ``init`` if it is a way to start.
+
+    Raises:
+        InputError: it is not, or there are no branches to start.
+    """
+    if init not in recipes.INITS:
+        raise InputError(f"init must be one of {', '.join(map(repr, recipes.INITS))}, not {init!r}")
+    if init != "student" and branches is None:
+        raise InputError(f"init={init!r} says how branches start, and there are none; pass branches=...")
+    return str(init)
+
+
+def add_branches(
+    model: nn.Module, capture: Capture, plan: Plan, wanted: dict[str | type, Recipe | None], init: str
+) -> Plan:
+    """Return the plan with branches.
+
+    Args:
+        model: the student.
+        capture: its recorded forward pass.
+        plan: of its channels.
+        wanted: from :func:`check_branches`.
+        init: one of :data:`reparam.ops.recipes.INITS`.
+
+    Raises:
+        InputError: an entry matches nothing, or its recipe fits none of the layers that it is for.
+    """
+    if not wanted:
+        return plan
+    operators = find_operators(capture, init)
+    entries = _assign(model, wanted, [layer.name for layer in plan.layers])
+    chosen: list[BranchPlan] = []
+    reasons: dict[str, str] = {}
+    for layer in plan.layers:
+        recipe = wanted.get(entries.get(layer.name, ""))
+        if recipe is None:
+            continue
+        operator = operators.get(layer.name) or Operator(layer.name, reason=layer.reason or "no graph shows its use")
+        try:
+            chosen.append(_branched(operator, recipe, plan, entries[layer.name] == REST))
+        except (Unfit, KernelError) as error:
+            reasons[layer.name] = str(error)
+    _check_all_used(wanted, entries, chosen, reasons)
+    return replace(
+        plan,
+        branches=tuple(chosen),
+        unbranched=reasons,
+        parameters=plan.parameters,
+        wide_parameters=plan.wide_parameters + sum(b.wide_parameters for b in chosen),
+    )
+
+
+def _assign(model: nn.Module, wanted: Iterable[str | type], layers: list[str]) -> dict[str, str | type]:
+    """Return which entry is for each layer; every entry must match one."""
+    names = canonical_names(model)
+    modules = {path: module for path, module in model.named_modules() if path}
+    result: dict[str, str | type] = {}
+    for entry in wanted:
+        if isinstance(entry, type):
+            above = tuple(f"{path}." for path, module in model.named_modules() if path and isinstance(module, entry))
+            found = {first for name, first in names.items() if name.startswith(above)} if above else set()
+        else:
+            found = matching(entry, modules, names)
+        mine = [name for name in layers if name in found]
+        if not mine:
+            raise InputError(f"branches entry {entry!r} matches no convolution or linear layer")
+        for name in mine:
+            result.setdefault(name, entry)
+    return result
+
+
+def _branched(operator: Operator, recipe: Recipe, plan: Plan, condition: bool) -> BranchPlan:
+    """Return the branches of an operator.
+
+    Raises:
+        Unfit, KernelError: there are none, with the reason.
+    """
+    if operator.site is None:
+        raise Unfit(operator.reason)
+    site = operator.site
+    reason = recipe.unfit(site) if condition else ""
+    if reason:
+        raise Unfit(reason)
+    if "transpose" in site.operator:
+        raise Unfit("a transposed convolution: recipes are written for convolutions and linear layers")
+    expression = recipe.expression(site)
+    norms = tuple(mean for mean in operator.norms if mean in plan.statistics)
+    absorbed = operator.bias or (norms and norms == operator.norms)
+    if has_norms(expression) and not absorbed:
+        raise Unfit(
+            "its branches end in norms and merge into a bias, but it has none, and what reads it is no batch norm that "
+            "could take it up; give it bias=True, or use a recipe without norms (orepa, expandnet)"
+        )
+    return _measured(expression, site, recipe, plan.params.get(site.name), operator.bias or None, norms)
+
+
+def _measured(
+    expression: Expression, site: Site, recipe: Recipe, host: ParamMap | None, bias: str | None, norms: tuple[str, ...]
+) -> BranchPlan:
+    """Count parameters and the work of merging, on the meta device, which also shows that the branches fit."""
+    shape = (site.outputs, site.inputs // site.groups, *site.size)
+    host = host or ParamMap(shape)
+    around = widening(site, host, noise=False)
+    trained = [name for name, slot in expression.slots() if slot.kind == "weight"]
+    counts, work = [], []
+    for frame, wide in ((Frame(site.inputs, site.groups), False), (wide_frame(site, around), True)):
+        tensors = new_tensors(expression, torch.empty(shape, device="meta"))
+        maps = dict(expression.maps(around))
+        if wide:
+            tensors = {name: tensors[name].new_empty(maps[name].wide_shape) for name in tensors}
+        tensors[""] = torch.empty(host.wide_shape if wide else shape, device="meta")
+        with FlopCounterMode(display=False) as counter:
+            merge(expression, site, frame, tensors.__getitem__)
+        counts.append(sum(tensors[name].numel() for name in trained))
+        work.append(counter.get_total_flops() // 2)
+    return BranchPlan(site, recipe, bias, norms if has_norms(expression) else (), *counts, *work)
+
+
+def _check_all_used(
+    wanted: Mapping[str | type, Recipe | None],
+    entries: Mapping[str, str | type],
+    chosen: list[BranchPlan],
+    reasons: Mapping[str, str],
+) -> None:
+    done = {entries[branch.site.name] for branch in chosen}
+    for entry, recipe in wanted.items():
+        mine = [name for name, other in entries.items() if other == entry]
+        named = isinstance(entry, str) and not set(entry) & set("*?[") and not entry.startswith("re:")
+        failed = [name for name in mine if name in reasons]
+        if recipe is None or not mine or (entry in done and not (named and failed)):
+            continue
+        kinds: dict[str, list[str]] = {}
+        for name in failed:
+            kinds.setdefault(reasons[name], []).append(name)
+        text = "; ".join(f"{_some(names)}: {reason}" for reason, names in list(kinds.items())[:5])
+        if not named:
+            raise InputError(f"recipe {str(recipe)!r} (entry {entry!r}) fits no layer of this network: {text}")
+        raise InputError(f"recipe {str(recipe)!r} does not fit where entry {entry!r} wants it: {text}")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
