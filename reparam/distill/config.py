@@ -57,6 +57,15 @@ class TrainConfig:
     baseline: bool = _option(False, "method", "train the plain student alone, with the identical recipe", bool)
     ratio: int = _option(2, "method", "channel expansion of the teacher, one for all layers", int)
     noise: float = _option(0.25, "method", "size of the noise that breaks the teacher's symmetry", float)
+    branches: str | None = _option(
+        None, "method", "branches beside the layers: orepa, acb, dbb, repvgg, mobileone, expandnet", metavar="RECIPE"
+    )
+    branch_init: str | None = _option(
+        None,
+        "method",
+        "how branches start: scratch has the recipe's own scales, student has 0 (default: student with --checkpoint)",
+        choices=("student", "scratch"),
+    )
     kd_weight: float = _option(3.0, "method", "weight of the soft loss from teacher to student", float)
     kd_smoothing: float = _option(0.1, "method", "share of the uniform distribution in the soft target", float)
 
@@ -108,8 +117,14 @@ class TrainConfig:
             self,
             lr=self.lr if self.lr is not None else (0.1 if is_sgd else 0.002),
             weight_decay=self.weight_decay if self.weight_decay is not None else (5e-4 if is_sgd else 0.05),
+            branch_init=self._branch_init(),
             decay_epochs=self.decay_epochs if self.decay_epochs is not None else max(1.0, 0.3 * self.epochs),
         )
+
+    def _branch_init(self) -> str | None:
+        if self.branches is None or self.branch_init is not None:
+            return self.branch_init
+        return "scratch" if self.checkpoint is None else "student"
 
 
 def options() -> dict[str, tuple[Option, Any]]:
@@ -145,8 +160,10 @@ def _check_ranges(config: TrainConfig) -> None:
         if not 0 <= getattr(config, name) < 1:
             raise InputError(f"{_flag(name)} must lie in [0, 1), got {getattr(config, name)}")
     for name, (option, _) in options().items():
-        if option.choices and getattr(config, name) not in option.choices:
+        if option.choices and getattr(config, name) not in (*option.choices, None):
             raise InputError(f"{_flag(name)} must be one of {', '.join(option.choices)}, got {getattr(config, name)!r}")
+    if config.branch_init is not None and config.branches is None:
+        raise InputError("--branch-init says how branches start, and there are none; add --branches")
     if config.warmup_epochs >= config.epochs and config.warmup_epochs > 1:
         raise InputError(f"--warmup-epochs {config.warmup_epochs} leaves nothing of --epochs {config.epochs}")
 

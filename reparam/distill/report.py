@@ -63,9 +63,12 @@ def opening(config: TrainConfig, facts: Facts, parameters: Mapping[str, int | No
     lines.append(f"student  {config.model}: {parameters['student']:,} parameters")
     if parameters["teacher"] is not None:
         growth = parameters["teacher"] / max(parameters["student"] or 1, 1)
-        lines.append(f"teacher  the same network at ratio {config.ratio}: {parameters['teacher']:,} ({growth:.2f}x)")
+        extra = f" with {config.branches} branches" if config.branches else ""
+        count = f"{parameters['teacher']:,} ({growth:.2f}x)"
+        lines.append(f"teacher  the same network at ratio {config.ratio}{extra}: {count}")
     else:
-        lines.append("teacher  none: the plain student with the identical recipe (--baseline)")
+        what = f"the student with {config.branches} branches" if config.branches else "the plain student"
+        lines.append(f"teacher  none: {what} with the identical recipe (--baseline)")
     recipe = f"{config.epochs} epochs, batch {config.batch_size}, {config.optimizer}, lr {config.lr:g}"
     return "\n".join([*lines, f"recipe   {recipe}, {config.schedule} schedule, seed {config.seed}, {device}"])
 

@@ -65,7 +65,7 @@ def add_blocks(root: nn.Module, model: nn.Module, plan: Plan, noise: float) -> N
         *path, leaf = path_of(branch).split(".")
         _descend(root, path).add_module(leaf, block.train(model.training))
         for name, slot in expression.slots():
-            if slot.kind == "statistic":
+            if slot.kind == "statistic" and plan.own_statistics:
                 statistics = _descend(root, [STATISTICS])
                 add_buffer(statistics, f"{path_of(branch)}.{name}", tensors[name], persistent=True)
 
@@ -144,7 +144,7 @@ class StudentBranches:
         maps = dict(self.expression.maps(around(teacher.plan, branch)))
         self.slots: dict[str, tuple[Any, str, ParamMap | None]] = {}
         for name, slot in self.expression.slots():
-            own = slot.kind == "statistic"
+            own = slot.kind == "statistic" and teacher.plan.own_statistics
             path, _, leaf = f"{f'{STATISTICS}.' if own else ''}{path_of(branch)}.{name}".rpartition(".")
             holder = teacher.get_submodule(path)
             places = holder._parameters if leaf in holder._parameters else holder._buffers

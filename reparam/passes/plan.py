@@ -51,7 +51,7 @@ class Plan:
         params: parameter or buffer -> map; those that are not listed stay as they are.
         edits: node name -> edit.
         attributes: module attributes that change (``"features.0.groups": 64``).
-        statistics: buffers of which the student keeps its own.
+        statistics: buffers of which the student keeps its own; at ratio 1 they are the same ones.
         layers: every conv and linear weight.
         contractions: nodes in front of which values return to student width.
         value_maps: node name -> maps of its tensors, in order; the invariant that verification checks.
@@ -107,6 +107,11 @@ class Plan:
         total = sum(_numel(layer.shape) for layer in self.layers)
         done = sum(_numel(layer.shape) for layer in self.layers if layer.widened)
         return done / total if total else 0.0
+
+    @property
+    def own_statistics(self) -> bool:
+        """Whether the student has norm statistics of its own; at ratio 1 both networks see the same values."""
+        return self.ratio != 1
 
     @property
     def multiply_adds(self) -> tuple[int, int]:

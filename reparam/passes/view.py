@@ -88,7 +88,7 @@ class Narrowing:
         names: dict[str, list[str]] = {}
         for name, first in canonical_names(teacher.skeleton).items():
             names.setdefault(first, []).append(name)
-        own = set(teacher.plan.statistics)
+        own = set(teacher.plan.statistics) if teacher.plan.own_statistics else set()
         self.names = names
         self.sources = [_source(teacher, first, tuple(same), own) for first, same in names.items()]
         self.branches = [StudentBranches(teacher, branch) for branch in teacher.plan.branches]

@@ -40,7 +40,7 @@ def build_teacher(model: nn.Module, capture: Capture, plan: Plan, noise: float) 
         for name, value in vars(capture.root.get_submodule(path)).items():
             if name.startswith("_tensor_constant"):
                 root.get_submodule(path).register_buffer(name, value, persistent=False)
-    if plan.statistics:
+    if plan.statistics and plan.own_statistics:
         root.add_module(STATISTICS, statistics_tree(model, plan.statistics))
     add_blocks(root, model, plan, noise)
     steps: dict[str, nn.Module] = {}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+import reparam
 from reparam.distill.config import TrainConfig
 from reparam.errors import InputError, ModelError, near_matches
 
@@ -92,6 +93,18 @@ def get_method(name: str) -> Method:
         hint = near_matches(name, _METHODS)
         raise InputError(f"unknown method {name!r}{hint}; known methods: {', '.join(sorted(_METHODS))}")
     return _METHODS[name]
+
+
+def expanded(student: nn.Module, ratio: int, example: Tensor, config: TrainConfig) -> nn.Module:
+    """Return the student widened by ``ratio``, with the branches that the settings ask for."""
+    return reparam.expand(
+        student,
+        ratio,
+        branches=config.branches,
+        init=config.branch_init or "student",
+        example_input=example,
+        noise=config.noise,
+    )
 
 
 def logits_of(model: nn.Module, images: Tensor) -> Tensor:

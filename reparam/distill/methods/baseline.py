@@ -7,12 +7,17 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import reparam
 from reparam.distill.config import TrainConfig
-from reparam.distill.methods.base import Method, Networks, Part, logits_of, register
+from reparam.distill.methods.base import Method, Networks, Part, expanded, logits_of, register
 
 
 def prepare(student: nn.Module, example: Tensor, config: TrainConfig) -> Networks:
-    """Train the student as it is."""
+    """Train the student as it is; or with branches and its own width, which is the control for them."""
+    if config.branches is not None:
+        branched = expanded(student, 1, example, config)
+        view = reparam.student_view(branched)
+        return Networks(student=view, teacher=None, extract=lambda: reparam.extract(branched))
     return Networks(student=student, teacher=None, extract=lambda: student)
 
 

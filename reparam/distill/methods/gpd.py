@@ -14,12 +14,12 @@ from torch.nn import functional as F
 import reparam
 from reparam.distill.config import TrainConfig
 from reparam.distill.losses import smoothed_cross_entropy
-from reparam.distill.methods.base import Method, Networks, Part, logits_of, register
+from reparam.distill.methods.base import Method, Networks, Part, expanded, logits_of, register
 
 
 def prepare(student: nn.Module, example: Tensor, config: TrainConfig) -> Networks:
     """Expand the student into its dynamic teacher and take the view of the student on the teacher's parameters."""
-    teacher = reparam.expand(student, ratio=config.ratio, example_input=example, noise=config.noise)
+    teacher = expanded(student, config.ratio, example, config)
     view = reparam.student_view(teacher)
     return Networks(student=view, teacher=teacher, extract=lambda: reparam.extract(teacher))
 
