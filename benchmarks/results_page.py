@@ -110,7 +110,33 @@ def _networks(data: dict[str, Any]) -> str:
     )
 
 
+def _branches(data: dict[str, Any]) -> str:
+    words = {
+        "plain": "plain",
+        "merged": f"{data['recipe']}, merged to one kernel per layer",
+        "run": "the same, every branch run as convolutions",
+    }
+    lines = [
+        f"### Branches: training step of {data['model']}, batch {data['batch']}, {data['size']} px\n",
+        "| network | parameters | median (s) | min | max | relative to plain |",
+        "|---|---|---|---|---|---|",
+    ]
+    plain = data["seconds_per_training_step"]["plain"]["median"]
+    for name, times in data["seconds_per_training_step"].items():
+        count = f"{data['parameters'][name] / 1e6:.2f}M"
+        cells = (words[name], count, *(f"{times[k]:.2f}" for k in ("median", "min", "max")))
+        lines.append(f"| {' | '.join(cells)} | {times['median'] / plain:.2f} |")
+    forward, merge = data["multiply_adds"].values()
+    lines.append(
+        f"\n{data['layers_with_branches']} layers have branches. Forward pass of the batch {forward / 1e9:.1f} G "
+        f"multiply-adds, merging {merge / 1e9:.1f} G. Running the branches takes {data['run_over_merged']:.2f} times as "
+        "long as merging them.\n"
+    )
+    return "\n".join(lines)
+
+
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "branches": _branches,
     "compare_training": _training,
     "random_networks": _networks,
     "surgery": _surgery,

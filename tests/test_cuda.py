@@ -65,3 +65,31 @@ def test_training_step_with_autocast(student):
     extracted, view = reparam.extract(teacher).eval(), view.eval()
     with torch.no_grad():
         torch.testing.assert_close(extracted(x), view(x))
+
+
+@pytest.mark.parametrize("recipe", ["orepa", "dbb"])
+def test_branches(student, recipe):
+    student.eval()
+    x = torch.randn(4, 3, 64, 64, device="cuda")
+    teacher = reparam.expand(student, 2, branches=recipe, example_input=x)
+    assert {t.device.type for t in teacher.state_dict().values()} == {"cuda"}
+    with torch.no_grad():
+        torch.testing.assert_close(teacher(x), student(x), rtol=1e-3, atol=1e-3)
+    view = reparam.student_view(teacher.train()).train()
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = teacher(x).square().mean() + view(x).square().mean()
+    loss.backward()
+    torch.optim.SGD(teacher.parameters(), 0.01).step()
+    extracted = reparam.extract(teacher).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(extracted(x), view.eval()(x), rtol=1e-3, atol=1e-3)
+
+
+def test_merging_under_autocast_is_in_single_precision(student):
+    teacher = reparam.expand(student, 1, branches="orepa", init="scratch", verify=False)
+    block = teacher.get_submodule("reparam_branches.layer1.0.conv1.weight")
+    weight = teacher.get_parameter("layer1.0.conv1.weight")
+    with torch.autocast("cuda", torch.bfloat16):
+        merged = block(weight)
+    assert merged.dtype == torch.float32
+    torch.testing.assert_close(merged, block(weight), rtol=0, atol=0)
