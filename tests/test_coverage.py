@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import reparam
 from reparam.cli import main
 from reparam.coverage import catalogue, command, measure, reasons, runner
 from reparam.coverage.page import page
+from reparam.coverage.weights import balance, randomise
 from reparam.errors import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -193,6 +195,66 @@ def test_the_steps_are_those_of_expand() -> None:
     assert error > 0
     state, other = teacher.state_dict(), expected.state_dict()
     assert {name: value.shape for name, value in state.items()} == {name: v.shape for name, v in other.items()}
+
+
+class Growing(nn.Module):
+    """Blocks whose values grow where statistics do not fit, and a last layer that starts near 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1)) for _ in range(20))
+        for weight in (w for w in self.blocks.parameters() if w.dim() > 1):
+            nn.init.normal_(weight, std=1.0)
+        self.twice, self.idle = nn.Conv2d(8, 8, 1), nn.Sequential(nn.BatchNorm2d(4), nn.Linear(4, 4))
+        self.last = nn.Linear(8, 5)
+        nn.init.normal_(self.last.weight, std=1e-4)
+        self.cache: dict[str, torch.Tensor] = {}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.cache["x"] = x
+        for block in self.blocks:
+            x = x + block(x)
+        found: torch.Tensor = self.last(self.twice(self.twice(x)).mean((2, 3)))
+        return found
+
+
+def test_balanced_weights_are_random_and_keep_activations_at_their_scale() -> None:
+    torch.manual_seed(0)
+    model, x = randomise(Growing()), torch.randn(2, 8, 5, 5)
+    before = {name: value.clone() for name, value in model.state_dict().items() if value.is_floating_point()}
+    largest: list[float] = []
+
+    def look(_module: nn.Module, _args: Any, y: torch.Tensor) -> None:
+        largest.append(float(y.detach().abs().max()))
+
+    hooks = [m.register_forward_hook(look) for m in model.modules()]
+    model.eval()(x)
+    assert max(largest) > 1e6
+    model.cache.clear()
+    given = x.clone()
+    assert balance(model.train(), ((x,), {})) is model and model.training
+    assert torch.equal(x, given) and not model.cache
+    largest.clear()
+    assert float(model.eval()(x).detach().square().mean()) == pytest.approx(1, rel=1e-4)
+    assert max(largest) < 100
+    wide = {name for name, value in before.items() if value.dim() > 1}
+    for name, old in before.items():
+        scale = (model.state_dict()[name] / old).flatten()
+        assert torch.allclose(scale, scale[0], rtol=1e-5), f"{name}: one factor for the whole tensor"
+        layer = old.dim() > 1 or f"{name.rpartition('.')[0]}.weight" in wide
+        kept = name.startswith("idle") or not (layer or "running" in name)
+        assert bool(scale[0] == 1) == kept, name
+    for hook in hooks:
+        hook.remove()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_balance_of_nothing_and_zeros_changes_nothing() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3, affine=False), nn.Conv2d(3, 2, 1, bias=False))
+    for x in (torch.zeros(1, 3, 4, 4), torch.zeros(0, 3, 4, 4), torch.full((1, 3, 4, 4), torch.inf)):
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        balance(model, ((x,), {}))
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_families() -> None:

@@ -681,7 +681,7 @@ def test_the_plan_says_its_ratios_and_goes_through_json() -> None:
     made = reparam.plan(UNet(), RATIO, example_input=torch.randn(2, 3, 32, 32))
     assert "UNet, ratio {'up.*': 4, 're:down\\\\.0.*': 2}: " in str(made) and "ratio {'up.*': 4," in repr(made)
     data = json.loads(made.to_json())
-    assert data["version"] == 1 and data["ratio"] == [["up.*", 4], ["re:down\\.0.*", 2]]
+    assert data["version"] == 2 and data["ratio"] == [["up.*", 4], ["re:down\\.0.*", 2]]
     again = Plan.from_json(made.to_json())
     assert again == made and list(again.ratio) == list(RATIO)  # type: ignore[arg-type]
     assert again.to_json() == made.to_json() and str(again) == str(made)

@@ -22,10 +22,12 @@ from torch import nn
 import reparam
 from reparam.coverage.catalogue import Entry, build, example
 from reparam.coverage.reasons import contractions, narrow_layers, opaque_leaves, short_source, short_text
-from reparam.coverage.weights import randomise
+from reparam.coverage.weights import balance, randomise
+from reparam.passes.example import Inputs, batch_of, example_for, normalise, random_like
 from reparam.passes.expand import verified_inputs, verify_plan
 from reparam.passes.plan import Plan
 from reparam.passes.search import prepare
+from reparam.passes.skeleton import skeleton_of
 from reparam.passes.teacher import Teacher
 from reparam.passes.validate import check_model
 from reparam.passes.widen import build_teacher
@@ -102,8 +104,9 @@ def full_row(entry: Entry, settings: Settings) -> dict[str, Any]:
     """Plan, expand, verify and extract a network with random float32 weights."""
     start = time.perf_counter()
     torch.manual_seed(settings.seed)
-    model = randomise(build(entry), settings.seed)
     given = example(entry)
+    model = randomise(build(entry), settings.seed)
+    balance(model, _real(model, given))
     seconds = {"build": time.perf_counter() - start}
     plan, teacher, error = _expanded(model, settings.ratio, given, seconds)
     start = time.perf_counter()
@@ -118,6 +121,14 @@ def full_row(entry: Entry, settings: Settings) -> dict[str, Any]:
         "leaves": opaque_leaves(plan, model),
         "notes": [short_text(note) for note in plan.notes],
     }
+
+
+def _real(model: nn.Module, given: Any) -> Inputs:
+    """Return inputs as verification takes them: of the shapes that are given or found, random, one sample if found."""
+    inputs = example_for(model, skeleton_of(model), given)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        return random_like(inputs, "cpu", None, 1 if given is None else batch_of(normalise(given)))
 
 
 def _expanded(model: nn.Module, ratio: int, given: Any, seconds: dict[str, float]) -> tuple[Plan, Teacher, float]:

@@ -174,12 +174,14 @@ class Sequence(Expression):
             steps = tuple(map(math.prod, zip(steps, own, strict=True)))
         return total
 
-    def kernel(self, read: Read, frame: Frame) -> Kernel:
-        """See the base class."""
+    def kernel(self, read: Read, frame: Frame, factors: Tensor | None = None) -> Kernel:
+        """See the base class; ``factors`` [O] scale the last operator, which is smaller than the whole."""
         kernels: list[Kernel] = []
         for part in self.parts:
             kernels.append(part.kernel(read, frame))
             frame = replace(frame, inputs=kernels[-1].outputs)
+        if factors is not None:
+            kernels[-1] = algebra.scale(kernels[-1], factors)
         return algebra.then(*kernels)
 
     def run(self, flow: Flow, read: Read, frame: Frame, training: bool) -> Flow:
@@ -301,6 +303,8 @@ class Scaled(Wrapped):
 
     def kernel(self, read: Read, frame: Frame) -> Kernel:
         """See the base class."""
+        if isinstance(self.part, Sequence):
+            return self.part.kernel(read, frame, read(self.name))
         return algebra.scale(self.part.kernel(read, frame), read(self.name))
 
     def run(self, flow: Flow, read: Read, frame: Frame, training: bool) -> Flow:

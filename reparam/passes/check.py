@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from reparam.errors import InputError
 from reparam.passes.example import Inputs, example_for, normalise, random_like
-from reparam.passes.skeleton import first_floating_dtype, skeleton_of
+from reparam.passes.skeleton import first_floating_dtype, rebuild, skeleton_of
 from reparam.passes.teacher import Teacher
 from reparam.passes.torch_modules import without_fast_paths
 from reparam.passes.view import StudentView, extract
@@ -126,6 +126,9 @@ def _shapes(model: nn.Module, example: Any) -> Inputs:
 def _outputs(model: nn.Module, inputs: Inputs, dtype: torch.dtype) -> list[Tensor]:
     """Run a model on copies of its tensors in another dtype, in eval mode."""
     target = extract(model.teacher) if isinstance(model, StudentView) else model
+    if not isinstance(target, Teacher):
+        # What its code keeps between calls (attention biases in eval mode) is neither read nor left behind.
+        target = rebuild(target, lambda _name, tensor: tensor).train()
     tensors = {name: _converted(t, dtype) for name, t in [*target.named_parameters(), *target.named_buffers()]}
     args, kwargs = pytree.tree_map(lambda v: _converted(v, dtype) if isinstance(v, Tensor) else v, inputs)
     modes = [(m, m.training) for m in target.modules()]
@@ -166,7 +169,8 @@ def _differences(a: list[Tensor], b: list[Tensor]) -> tuple[float, float, float]
             difference = 0.0 if torch.equal(x.nan_to_num(7.0), y.nan_to_num(7.0)) else math.inf
         scale = float(x.abs().max()) if x.numel() else 0.0
         worst = max(worst, difference)
-        relative = max(relative, difference / scale if scale > 0 else difference)
+        share = difference if scale == 0 or not math.isfinite(difference) else difference / scale
+        relative = max(relative, share)
         signal += float(x.square().sum())
         noise += float((x - y).square().sum())
     return worst, relative, math.inf if noise == 0 else 10 * math.log10(max(signal, 1e-300) / noise)

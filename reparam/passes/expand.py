@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -125,8 +126,9 @@ def verified_inputs(capture: Capture, made: Plan, inputs: Inputs, example_input:
     if example_input is not None:
         return inputs, batch_of(normalise(example_input))
     guarded = any(node.target is require for node in capture.nodes())
-    # A quarter of the sides is small enough, and large enough to have several of everything.
-    divisors = sorted(range(2, 17), key=lambda k: abs(k - 4))
+    # A quarter of the sides is large enough to have several of everything; smaller where that would still be costly.
+    wanted = max(4, math.ceil(math.sqrt(made.multiply_adds[1] / _COSTLY)))
+    divisors = sorted(range(2, 17), key=lambda k: (k < wanted > 4, abs(k - wanted)))
     for divisor in divisors if made.multiply_adds[1] > _COSTLY and not guarded else ():
         smaller = pytree.tree_map(functools.partial(_smaller, divisor=divisor), inputs)
         changed = any(a is not b for a, b in zip(*map(pytree.tree_leaves, (smaller, inputs)), strict=True))
