@@ -1,4 +1,4 @@
-"""The command line: ``reparam plan | expand | extract | check | train | coverage``.
+"""The command line: ``reparam plan | expand | extract | check | fold | export | train | coverage``.
 
 Each command is a thin shell around one public function. Errors that reparam raises itself are printed as
 ``error: ...`` with exit code 2; a check that fails exits with 1. torch and timm are imported by the command that
@@ -16,14 +16,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from reparam.arguments import (
+    MODEL_HELP,
+    add_building,
+    add_input_size,
+    add_model,
+    example,
+    load,
+    parameters,
+    require_folder,
+)
+from reparam.deploy import command as deploy
 from reparam.errors import FormatError, InputError, ReparamError
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from reparam.passes.plan import Plan
 
-_MODEL_HELP = "timm name, path/to/file.py:callable, or package.module:callable"
 _EPILOG = """\
 examples:
   reparam plan resnet18 --ratio 2
@@ -31,6 +41,8 @@ examples:
   reparam expand resnet18 --ratio 2 --output teacher.safetensors
   reparam extract teacher.safetensors resnet18 --output student.safetensors
   reparam check resnet18 teacher.safetensors --checkpoint-a student.safetensors
+  reparam fold resnet18 --checkpoint student.safetensors --output folded.safetensors
+  reparam export resnet18 --checkpoint student.safetensors --fold --output student.onnx
   reparam train
   reparam coverage resnet18 convnext_atto
 """
@@ -38,7 +50,7 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code: 0 fine, 1 a failed check, 2 bad input."""
-    arguments = _spread_ratios(sys.argv[1:] if argv is None else argv)
+    arguments = _spread_entries(sys.argv[1:] if argv is None else argv)
     parser = build_parser(train_options=arguments[:1] == ["train"])
     try:
         options = parser.parse_args(arguments)
@@ -71,6 +83,8 @@ def build_parser(*, train_options: bool = True) -> argparse.ArgumentParser:
     _add_expand(commands)
     _add_extract(commands)
     _add_check(commands)
+    deploy.add_fold(commands.add_parser("fold", help="write a model with fewer layers: same function, less to compute"))
+    deploy.add_export(commands.add_parser("export", help="write a model as a file that runs without its code"))
     train = commands.add_parser("train", help="train a student and its teacher together, and extract the student")
     if train_options:
         command = importlib.import_module("reparam.distill.command")
@@ -99,7 +113,7 @@ class _Version(argparse.Action):
 
 def _add_plan(commands: Any) -> None:
     parser = commands.add_parser("plan", help="show what would be widened, what not, and why; change nothing")
-    _add_model(parser, checkpoint=False)
+    add_model(parser, checkpoint=False)
     _add_widening(parser)
     parser.add_argument("--json", metavar="FILE", help="write the plan as JSON ('-': print it instead of the table)")
     parser.add_argument("--dot", metavar="FILE", help="write the plan as a graph in graphviz's DOT language")
@@ -110,7 +124,7 @@ def _add_plan(commands: Any) -> None:
 
 def _add_expand(commands: Any) -> None:
     parser = commands.add_parser("expand", help="write the teacher of a model: same function, more parameters")
-    _add_model(parser)
+    add_model(parser)
     _add_widening(parser)
     parser.add_argument("--noise", type=float, default=0.25, help="size of the exact symmetry breaking (default 0.25)")
     parser.add_argument("--no-verify", action="store_true", help="skip the node by node comparison with the student")
@@ -121,36 +135,20 @@ def _add_expand(commands: Any) -> None:
 def _add_extract(commands: Any) -> None:
     parser = commands.add_parser("extract", help="read a teacher and write the student inside it")
     parser.add_argument("teacher", metavar="TEACHER", help="teacher file that expand or train wrote")
-    _add_model(parser, checkpoint=False)
+    add_model(parser, checkpoint=False)
     parser.add_argument("--output", metavar="FILE", required=True, help="weight file to write (safetensors)")
     parser.set_defaults(run=_extract)
 
 
 def _add_check(commands: Any) -> None:
     parser = commands.add_parser("check", help="compare two models on random inputs; exit code 1 if they differ")
-    parser.add_argument("model", metavar="MODEL_A", help=_MODEL_HELP)
+    parser.add_argument("model", metavar="MODEL_A", help=MODEL_HELP)
     parser.add_argument("other", metavar="MODEL_B", help="the same, or a teacher file made from MODEL_A")
     parser.add_argument("--checkpoint-a", metavar="FILE", help="weights of MODEL_A: safetensors or torch.save")
     parser.add_argument("--checkpoint-b", metavar="FILE", help="weights of MODEL_B")
-    _add_building(parser)
-    _add_input_size(parser)
+    add_building(parser)
+    add_input_size(parser)
     parser.set_defaults(run=_check)
-
-
-def _add_model(parser: argparse.ArgumentParser, *, checkpoint: bool = True) -> None:
-    parser.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
-    if checkpoint:
-        parser.add_argument("--checkpoint", metavar="FILE", help="weights to load: safetensors or torch.save")
-        parser.add_argument("--pretrained", action="store_true", help="load the pretrained weights (may download)")
-    _add_building(parser, ema=checkpoint)
-
-
-def _add_building(parser: argparse.ArgumentParser, *, ema: bool = True) -> None:
-    parser.add_argument("--num-classes", type=int, metavar="N", help="number of classes to build the model with")
-    parser.add_argument("--in-chans", type=int, metavar="N", help="number of input channels to build the model with")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of random weights and noise (default 0)")
-    if ema:
-        parser.add_argument("--ema", action="store_true", help="read the averaged weights of a checkpoint")
 
 
 def _add_widening(parser: argparse.ArgumentParser) -> None:
@@ -165,11 +163,17 @@ def _add_widening(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="what attention widens: the number of heads or their width (default: what widens more)",
     )
-    _add_input_size(parser)
-
-
-def _add_input_size(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--input-size", type=_size, metavar="C,H,W", help="shape of one sample, without the batch")
+    parser.add_argument("--branches", action="append", metavar="RECIPE",
+                        help="branches beside layers: orepa, acb, dbb, repvgg, mobileone, expandnet, with options "
+                        "behind a colon (orepa:branches=4); or PATTERN=RECIPE ... for parts of the network, none for "
+                        "no branches")  # fmt: skip
+    parser.add_argument(
+        "--init",
+        choices=("student", "scratch"),
+        default="student",
+        help="how branches start: at scale 0, so that the function stays (default), or with the recipe's own scales",
+    )
+    add_input_size(parser)
 
 
 def _ratio(text: str) -> int | tuple[str, int]:
@@ -183,17 +187,40 @@ def _ratio(text: str) -> int | tuple[str, int]:
         ) from None
 
 
-def _spread_ratios(arguments: Sequence[str]) -> list[str]:
+def _spread_entries(arguments: Sequence[str]) -> list[str]:
     """Give each of ``--ratio A=2 B=3`` an option of its own: one that takes many would take a MODEL behind them too."""
     result: list[str] = []
-    inside = False
+    inside = ""
     for argument in arguments:
         if inside and "=" in argument and not argument.startswith("-"):
-            result.append("--ratio")
+            result.append(inside)
         else:
-            inside = result[-1:] == ["--ratio"] or argument.startswith("--ratio=")
+            last = result[-1] if result else ""
+            flag = last if last in _ENTRIES else argument.partition("=")[0]
+            inside = flag if flag in _ENTRIES and (flag == last or "=" in argument) else ""
         result.append(argument)
     return result
+
+
+_ENTRIES = ("--ratio", "--branches")
+"""Options that take one value for all, or any number of PATTERN=VALUE."""
+
+
+def _branches(options: argparse.Namespace) -> str | dict[str, str | None] | None:
+    """Return the recipe, or those of the layers in their order."""
+    if not options.branches:
+        return None
+    from reparam.ops.recipes import names
+
+    entries: dict[str, str | None] = {}
+    for word in options.branches:
+        pattern, equals, recipe = word.partition("=")
+        if not equals or pattern.partition(":")[0] in names():
+            pattern, recipe = "*", word
+        if pattern in entries:
+            raise InputError(f"--branches has two recipes for {pattern!r}; leave one out")
+        entries[pattern] = None if recipe == "none" else recipe
+    return entries["*"] if list(entries) == ["*"] else entries
 
 
 def _ratios(options: argparse.Namespace) -> int | dict[str, int]:
@@ -212,25 +239,14 @@ def _ratios(options: argparse.Namespace) -> int | dict[str, int]:
     return dict(entries)
 
 
-def _size(text: str) -> tuple[int, ...]:
-    try:
-        sizes = tuple(int(part) for part in text.replace("x", ",").split(","))
-    except ValueError:
-        sizes = ()
-    if not sizes or min(sizes) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a shape such as 3,224,224")
-    return sizes
-
-
 # Commands ------------------------------------------------------------------------------------------------------------
 
 
 def _plan(options: argparse.Namespace) -> int:
     import reparam
 
-    model = _load(options, options.model)
-    chosen = {"ignore": tuple(options.ignore), "heads": options.heads}
-    plan = reparam.plan(model, _ratios(options), example_input=_example(options), **chosen)
+    model = load(options, options.model)
+    plan = reparam.plan(model, _ratios(options), **_widening(options))
     print(plan.to_json() if options.json == "-" else plan)
     if options.json and options.json != "-":
         _write(options.json, plan.to_json())
@@ -242,25 +258,34 @@ def _plan(options: argparse.Namespace) -> int:
     return 0
 
 
+def _widening(options: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "branches": _branches(options),
+        "init": options.init,
+        "example_input": example(options),
+        "ignore": tuple(options.ignore),
+        "heads": options.heads,
+    }
+
+
 def _expand(options: argparse.Namespace) -> int:
     import reparam
 
-    _require_folder(options.output)
-    model = _load(options, options.model, options.checkpoint)
+    require_folder(options.output)
+    model = load(options, options.model, options.checkpoint)
     ratio = _ratios(options)
     teacher = reparam.expand(
         model,
         ratio,
-        example_input=_example(options),
         noise=options.noise,
-        ignore=tuple(options.ignore),
-        heads=options.heads,
         verify=not options.no_verify,
+        **_widening(options),
     )
     reparam.save(teacher, options.output)
-    print(f"student {_parameters(model)} -> teacher {_parameters(teacher)} parameters, ratio {ratio}")
-    print("the teacher computes " + ("what the student does: every node compared in float64"
-          if not options.no_verify else "an unverified function (--no-verify)"))  # fmt: skip
+    print(f"student {parameters(model)} -> teacher {parameters(teacher)} parameters, ratio {ratio}")
+    what = "what the student does" if options.init == "student" else "what the student with branches does"
+    print(f"the teacher computes {what}: every node compared in float64"
+          if not options.no_verify else "the teacher computes an unverified function (--no-verify)")  # fmt: skip
     print(f"wrote {options.output}")
     return 0
 
@@ -269,11 +294,11 @@ def _extract(options: argparse.Namespace) -> int:
     import reparam
     from reparam.models import save_weights
 
-    _require_folder(options.output)
-    teacher = reparam.load(options.teacher, _load(options, options.model))
+    require_folder(options.output)
+    teacher = reparam.load(options.teacher, load(options, options.model))
     student = reparam.extract(teacher)
     save_weights(student, options.output)
-    print(f"teacher {_parameters(teacher)} -> student {_parameters(student)} parameters")
+    print(f"teacher {parameters(teacher)} -> student {parameters(student)} parameters")
     print(f"wrote {options.output}")
     return 0
 
@@ -283,39 +308,19 @@ def _check(options: argparse.Namespace) -> int:
 
     if options.ema and not (options.checkpoint_a or options.checkpoint_b):
         raise InputError("--ema chooses the averaged weights of a checkpoint, and no checkpoint was given")
-    model = _load(options, options.model, options.checkpoint_a, ema=options.ema)
+    model = load(options, options.model, options.checkpoint_a, ema=options.ema)
     if options.other.endswith(".safetensors"):
         if options.checkpoint_b:
             raise InputError(f"{options.other} is a teacher file with its own weights; leave out --checkpoint-b")
         other: nn.Module = _load_teacher(options.other, model, options.model)
     else:
-        other = _load(options, options.other, options.checkpoint_b, ema=options.ema)
-    report = reparam.check(model.eval(), other.eval(), example_input=_example(options))
+        other = load(options, options.other, options.checkpoint_b, ema=options.ema)
+    report = reparam.check(model.eval(), other.eval(), example_input=example(options))
     print(report)
     return 0 if report.passed else 1
 
 
 # Helpers -------------------------------------------------------------------------------------------------------------
-
-
-def _load(
-    options: argparse.Namespace, spec: str, checkpoint: str | None = None, *, ema: bool | None = None
-) -> nn.Module:
-    import torch
-
-    import reparam.distill.models  # noqa: F401 (registers the networks of the papers with timm)
-    from reparam.models import load_model
-
-    torch.manual_seed(options.seed)
-    wants_ema = getattr(options, "ema", False) if ema is None else ema and checkpoint is not None
-    return load_model(
-        spec,
-        num_classes=options.num_classes,
-        in_chans=options.in_chans,
-        checkpoint=checkpoint,
-        pretrained=getattr(options, "pretrained", False),
-        ema=wants_ema,
-    )
 
 
 def _load_teacher(path: str, model: nn.Module, spec: str) -> nn.Module:
@@ -333,24 +338,6 @@ def _load_teacher(path: str, model: nn.Module, spec: str) -> nn.Module:
         raise FormatError(
             f"{error}; to compare plain weights: reparam check {spec} {spec} --checkpoint-b {path}"
         ) from error
-
-
-def _example(options: argparse.Namespace) -> Tensor | None:
-    if options.input_size is None:
-        return None
-    import torch
-
-    return torch.randn(2, *options.input_size, generator=torch.Generator().manual_seed(options.seed))
-
-
-def _parameters(model: nn.Module) -> str:
-    return f"{sum(parameter.numel() for parameter in model.parameters()):,}"
-
-
-def _require_folder(path: str) -> None:
-    """Fail before the work, not after it."""
-    if not Path(path).parent.is_dir():
-        raise InputError(f"cannot write {path}: there is no folder {Path(path).parent}")
 
 
 def _write(path: str, text: str) -> None:

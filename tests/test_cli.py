@@ -249,7 +249,7 @@ def test_errors_are_one_line_and_exit_with_2(
     ("arguments", "message"),
     [
         ([], "required: COMMAND"),
-        (["fold"], "invalid choice: 'fold'"),
+        (["squash"], "invalid choice: 'squash'"),
         (["plan"], "required: MODEL"),
         (["plan", "resnet18", "--ratio", "1.5"], "invalid int value: '1.5'"),
         (["plan", "resnet18", "--input-size", "3,x,4"], "is not a shape such as 3,224,224"),

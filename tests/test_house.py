@@ -27,13 +27,15 @@ ROOMS = {
     "passes": {"errors", "ops"},
     "distill": {"errors", "ops", "passes", "models", ""},
     "coverage": {"errors", "passes", "models", "distill", "provenance", ""},
-    "cli": {"errors", "ops", "passes", "models", "distill", "coverage", ""},
+    "arguments": {"errors", "models", "distill"},
+    "deploy": {"errors", "passes", "models", "arguments"},
+    "cli": {"errors", "ops", "passes", "models", "distill", "coverage", "arguments", "deploy", ""},
     "provenance": {""},
-    "": {"errors", "ops", "passes"},
+    "": {"errors", "ops", "passes", "deploy"},
 }
 """What each room may import from the package besides itself; the empty name is the public surface."""
 
-PUBLIC = {"plan", "Plan", "expand", "extract", "student_view", "tap", "check", "save", "load"}
+PUBLIC = {"plan", "Plan", "expand", "extract", "student_view", "tap", "check", "save", "load", "export"}
 
 
 def setup() -> configparser.ConfigParser:
@@ -183,8 +185,8 @@ def test_the_console_script_is_the_command_line() -> None:
 
 def test_extras() -> None:
     extras = {name: value.split() for name, value in setup()["options.extras_require"].items()}
-    assert set(extras) == {"train", "test", "dev"}
-    assert "reparam[train]" in extras["test"]
+    assert set(extras) == {"train", "export", "test", "dev"}
+    assert {"reparam[train]", "reparam[export]"} <= set(extras["test"])
     assert "reparam[test]" in extras["dev"]
 
 

@@ -1,0 +1,1 @@
+"""Networks on their way out: ``reparam fold`` and ``reparam export``, and the files that other programs run."""
