@@ -129,8 +129,8 @@ def _branches(data: dict[str, Any]) -> str:
     forward, merge = data["multiply_adds"].values()
     lines.append(
         f"\n{data['layers_with_branches']} layers have branches. Forward pass of the batch {forward / 1e9:.1f} G "
-        f"multiply-adds, merging {merge / 1e9:.1f} G. Running the branches takes {data['run_over_merged']:.2f} times as "
-        "long as merging them.\n"
+        f"multiply-adds, merging {merge / 1e9:.1f} G. Running the branches takes "
+        f"{data['run_over_merged']:.2f} times as long as merging them.\n"
     )
     return "\n".join(lines)
 

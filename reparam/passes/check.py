@@ -164,15 +164,16 @@ def _differences(a: list[Tensor], b: list[Tensor]) -> tuple[float, float, float]
     worst = relative = signal = noise = 0.0
     for x, y in zip(a, b, strict=True):
         x, y = x.double(), y.double()
-        difference = float((x - y).abs().max()) if x.numel() else 0.0
-        if not math.isfinite(difference):
-            difference = 0.0 if torch.equal(x.nan_to_num(7.0), y.nan_to_num(7.0)) else math.inf
+        apart = (x - y).masked_fill((x == y) | (x.isnan() & y.isnan()), 0.0)
+        difference = float(apart.nan_to_num(math.inf).abs().max()) if x.numel() else 0.0
         scale = float(x.abs().max()) if x.numel() else 0.0
         worst = max(worst, difference)
         share = difference if scale == 0 or not math.isfinite(difference) else difference / scale
         relative = max(relative, share)
-        signal += float(x.square().sum())
-        noise += float((x - y).square().sum())
+        signal += float(x[x.isfinite()].square().sum())
+        noise += float(apart.square().sum())
+    if not math.isfinite(worst):
+        return worst, relative, -math.inf
     return worst, relative, math.inf if noise == 0 else 10 * math.log10(max(signal, 1e-300) / noise)
 
 

@@ -42,8 +42,9 @@ def rebuild(module: M, make: Callable[[str, Tensor], Tensor]) -> M:
     # A non-leaf tensor kept as a plain attribute (hook-based weight_norm does) refuses deepcopy.
     for child in module.modules():
         for value in vars(child).values():
-            # Also in a list: recurrent modules keep one of all their weights.
-            for item in value if isinstance(value, list) else [value]:
+            # Also in a list (recurrent modules keep all their weights in one) or a dict (results kept in eval mode).
+            inside = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else [value]
+            for item in inside:
                 if isinstance(item, Tensor) and not item.is_leaf and id(item) not in memo:
                     memo[id(item)] = item.detach().clone()
                     originals.append(item)
