@@ -85,7 +85,7 @@ def add_branches(
         recipe = wanted.get(entries.get(layer.name, ""))
         if recipe is None:
             continue
-        operator = operators.get(layer.name) or Operator(layer.name, reason=layer.reason or "no graph shows its use")
+        operator = operators.get(layer.name) or Operator(layer.name, reason=_unseen(capture, layer.name))
         try:
             chosen.append(_branched(operator, recipe, plan, entries[layer.name] == REST))
         except (Unfit, KernelError) as error:
@@ -98,6 +98,16 @@ def add_branches(
         parameters=plan.parameters,
         wide_parameters=plan.wide_parameters + sum(b.wide_parameters for b in chosen),
     )
+
+
+def _unseen(capture: Capture, name: str) -> str:
+    """Return why no graph shows an operator that applies a weight as it is."""
+    leaf = next((path for path in capture.leaves if not path or name.startswith(f"{path}.")), None)
+    if leaf is not None:
+        return f"inside {leaf or 'code without a graph'}, which runs as it is"
+    if any(node.op == "get_attr" and node.target == name for node in capture.nodes()):
+        return "its weight is computed before it is used"
+    return "not used by this forward pass"
 
 
 def _assign(model: nn.Module, wanted: Iterable[str | type], layers: list[str]) -> dict[str, str | type]:

@@ -165,7 +165,7 @@ def _differences(a: list[Tensor], b: list[Tensor]) -> tuple[float, float, float]
     for x, y in zip(a, b, strict=True):
         x, y = x.double(), y.double()
         apart = (x - y).masked_fill((x == y) | (x.isnan() & y.isnan()), 0.0)
-        difference = float(apart.nan_to_num(math.inf).abs().max()) if x.numel() else 0.0
+        difference = float(apart.abs().nan_to_num(math.inf, math.inf).max()) if x.numel() else 0.0
         scale = float(x.abs().max()) if x.numel() else 0.0
         worst = max(worst, difference)
         share = difference if scale == 0 or not math.isfinite(difference) else difference / scale
