@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -88,7 +88,8 @@ class Block(nn.Module):
         self.normed = has_norms(expression)
         self.places: dict[str, tuple[nn.Module, str]] = {}
         for name, slot in expression.slots():
-            holder, leaf = _holder(self, name)
+            *path, leaf = name.split(".")
+            holder = module_at(self, path)
             self.places[name] = holder, leaf
             if slot.kind == "weight":
                 holder.register_parameter(leaf, nn.Parameter(tensors[name]))
@@ -161,12 +162,10 @@ def wide_frame(site: Site, around: Widening) -> Frame:
     return Frame(len(around.inputs), around.wide_groups)
 
 
-def _holder(root: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """Return the module that holds a dotted name, made where there is none."""
-    *path, leaf = name.split(".")
-    holder = root
-    for part in path:
-        if part not in holder._modules:
-            holder.add_module(part, nn.Module())
-        holder = holder.get_submodule(part)
-    return holder, leaf
+def module_at(root: nn.Module, path: Iterable[str]) -> nn.Module:
+    """Return the module at a path; plain modules are added on the way where there are none."""
+    for name in path:
+        if name not in root._modules:
+            root.add_module(name, nn.Module())
+        root = root.get_submodule(name)
+    return root

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from reparam.ops.block import BRANCHES, block_of, merge, new_tensors, run, wide_frame, wide_tensors, widening
+from reparam.ops.block import BRANCHES, block_of, merge, module_at, new_tensors, run, wide_frame, wide_tensors, widening
 from reparam.ops.expressions import Expression, has_norms
 from reparam.ops.frames import Frame, Widening
 from reparam.ops.kernels import Kernel
@@ -63,20 +63,10 @@ def add_blocks(root: nn.Module, model: nn.Module, plan: Plan, noise: float) -> N
         block = block_of(expression, branch.site, wide_frame(branch.site, maps), wide)
         block.requires_grad_(weight.requires_grad)
         *path, leaf = path_of(branch).split(".")
-        _descend(root, path).add_module(leaf, block.train(model.training))
+        module_at(root, path).add_module(leaf, block.train(model.training))
         for name, slot in expression.slots():
             if slot.kind == "statistic" and plan.own_statistics:
-                statistics = _descend(root, [STATISTICS])
-                add_buffer(statistics, f"{path_of(branch)}.{name}", tensors[name], persistent=True)
-
-
-def _descend(root: nn.Module, path: list[str]) -> nn.Module:
-    """Return the module at a path, with new ones in between where there are none."""
-    for name in path:
-        if name not in root._modules:
-            root.add_module(name, nn.Module())
-        root = root.get_submodule(name)
-    return root
+                add_buffer(root, f"{STATISTICS}.{path_of(branch)}.{name}", tensors[name], persistent=True)
 
 
 def insert_blocks(graph: fx.Graph, plan: Plan, canonical: Mapping[str, str], nodes: dict[fx.Node, fx.Node]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from reparam.errors import InputError
+from reparam.ops.block import module_at
 from reparam.passes.parts import HOST, host_of
 from reparam.passes.plan import Plan
 from reparam.passes.program import Program
@@ -142,11 +143,7 @@ def statistics_tree(model: nn.Module, names: tuple[str, ...]) -> nn.Module:
 def add_buffer(tree: nn.Module, name: str, tensor: Tensor, persistent: bool) -> None:
     """Register a buffer under a dotted name; modules on the way are made where there are none."""
     *path, leaf = name.split(".")
-    for part in path:
-        if part not in tree._modules:
-            tree.add_module(part, nn.Module())
-        tree = tree.get_submodule(part)
-    tree.register_buffer(leaf, tensor, persistent=persistent)
+    module_at(tree, path).register_buffer(leaf, tensor, persistent=persistent)
 
 
 def require_teacher(value: Any) -> Teacher:
