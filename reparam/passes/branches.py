@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from reparam.errors import InputError, KernelError
+from reparam.errors import InputError, KernelError, near_matches
 from reparam.ops import recipes
 from reparam.ops.block import merge, new_tensors, wide_frame, widening
 from reparam.ops.expressions import Expression, has_norms
@@ -44,6 +45,10 @@ def check_branches(branches: Any) -> dict[str | type, Recipe | None]:
     for entry in branches:
         if not isinstance(entry, (str, type)):
             raise InputError(f"a branches entry is a name, a glob, 're:...' or a module type, not {entry!r}")
+        try:
+            re.compile(entry.removeprefix("re:") if isinstance(entry, str) and entry.startswith("re:") else "")
+        except re.error as error:
+            raise InputError(f"branches entry {entry!r} is no regular expression: {error}") from error
     return {entry: None if value is None else recipes.get(value) for entry, value in branches.items()}
 
 
@@ -55,7 +60,7 @@ def check_init(init: Any, branches: Any) -> str:
     """
     if init not in recipes.INITS:
         raise InputError(f"init must be one of {', '.join(map(repr, recipes.INITS))}, not {init!r}")
-    if init != "student" and branches is None:
+    if init != "student" and not branches:
         raise InputError(f"init={init!r} says how branches start, and there are none; pass branches=...")
     return str(init)
 
@@ -117,13 +122,15 @@ def _assign(model: nn.Module, wanted: Iterable[str | type], layers: list[str]) -
     result: dict[str, str | type] = {}
     for entry in wanted:
         if isinstance(entry, type):
-            above = tuple(f"{path}." for path, module in model.named_modules() if path and isinstance(module, entry))
-            found = {first for name, first in names.items() if name.startswith(above)} if above else set()
+            paths = [path for path, module in model.named_modules() if isinstance(module, entry)]
+            above = tuple(f"{path}." if path else "" for path in paths)
+            found = {first for name, first in names.items() if name.startswith(above)}
         else:
             found = matching(entry, modules, names)
         mine = [name for name in layers if name in found]
         if not mine:
-            raise InputError(f"branches entry {entry!r} matches no convolution or linear layer")
+            near = "" if isinstance(entry, type) else near_matches(entry.removeprefix("re:"), [*modules, *names])
+            raise InputError(f"branches entry {entry!r} matches no convolution or linear layer{near}")
         for name in mine:
             result.setdefault(name, entry)
     return result
@@ -148,8 +155,8 @@ def _branched(operator: Operator, recipe: Recipe, plan: Plan, condition: bool) -
     absorbed = operator.bias or (norms and norms == operator.norms)
     if has_norms(expression) and not absorbed:
         raise Unfit(
-            "its branches end in norms and merge into a bias, but it has none, and what reads it is no batch norm that "
-            "could take it up; give it bias=True, or use a recipe without norms (orepa, expandnet)"
+            "its branches end in norms and merge into a bias, but it has none of its own, and what reads it is no "
+            "batch norm that could take it up; give it bias=True, or use a recipe without norms (orepa, expandnet)"
         )
     return _measured(expression, site, recipe, plan.params.get(site.name), operator.bias or None, norms)
 
@@ -174,6 +181,26 @@ def _measured(
         counts.append(sum(tensors[name].numel() for name in trained))
         work.append(counter.get_total_flops() // 2)
     return BranchPlan(site, recipe, bias, norms if has_norms(expression) else (), *counts, *work)
+
+
+def check_fits(capture: Capture, plan: Plan) -> None:
+    """Compare the branches of a plan from a file with the network.
+
+    Raises:
+        ValueError: they are not those of its operators.
+    """
+    found = {init: find_operators(capture, init) for init in {branch.site.init for branch in plan.branches}}
+    for branch in plan.branches:
+        operator = found[branch.site.init].get(branch.site.name) or Operator(branch.site.name)
+        norms = set(branch.norms) <= {*operator.norms} & {*plan.statistics}
+        if branch.site.init not in recipes.INITS or branch.site != operator.site or not norms:
+            raise ValueError(f"the branches of {branch.site.name} are those of another layer")
+        if branch.bias != (operator.bias or None):
+            raise ValueError(f"the branches of {branch.site.name} have another bias")
+        try:
+            branch.recipe.expression(branch.site)
+        except (Unfit, KernelError) as error:
+            raise ValueError(f"{branch.site.name}: {error}") from error
 
 
 def _check_all_used(

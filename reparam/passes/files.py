@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from reparam.errors import CaptureError, FormatError, InputError, near_matches
+from reparam.passes.branches import check_fits
 from reparam.passes.capture import Capture, key_of
 from reparam.passes.example import inputs_from_json
 from reparam.passes.freeze import fingerprint
@@ -80,8 +81,11 @@ def load(path: str | os.PathLike[str], student: nn.Module) -> Teacher:
     _check_shapes(path, student, plan)
     capture = _capture(path, student, plan)
     _check_names(path, student, capture, plan)
+    device = next(student.parameters()).device
     try:
-        teacher = build_teacher(student, capture, plan, 0.0)
+        check_fits(capture, plan)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            teacher = build_teacher(student, capture, plan, 0.0)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise FormatError(f"{path}: the plan does not fit the given student: {error}") from error
     _load_tensors(path, teacher, tensors)

@@ -243,6 +243,8 @@ class Plan:
             )
         try:
             return _plan_from(data)
+        except InputError as error:
+            raise FormatError(f"the plan cannot be used here: {error}") from error
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise FormatError(f"the plan is damaged: {type(error).__name__}: {error}") from error
 

@@ -70,7 +70,7 @@ class Operator:
         name: first path of the weight.
         site: what a recipe sees, where all nodes apply it alike; None with a reason.
         nodes: convolutions or linear layers of all recorded modes.
-        bias: first path of the bias; None where there is none.
+        bias: first path of the bias; None where there is none, empty where it is not this operator's alone.
         norms: running means of the batch norms that alone read what the nodes return, else empty.
         reason: why it can have no branches.
     """
@@ -88,11 +88,18 @@ def find_operators(capture: Capture, init: str) -> dict[str, Operator]:
     canonical = canonical_names(capture.root)
     found: dict[str, Operator] = {}
     others: set[str] = set()
+    readers: dict[str, set[fx.Node]] = {}
     for mode in capture.modes:
         for node in mode.graph.nodes:
+            if node.op == "call_module":
+                inside = {first for name, first in canonical.items() if name.startswith(f"{node.target}.")}
+                others |= inside
+                for name in inside:
+                    readers.setdefault(name, set()).add(node)
             if node.op != "get_attr" or node.target not in canonical:
                 continue
             name = canonical[node.target]
+            readers.setdefault(name, set()).update(node.users)
             for user in node.users:
                 if is_linear(user) and arguments(user)["weight"] is node and user.all_input_nodes.count(node) == 1:
                     found.setdefault(name, Operator(name)).nodes.append(user)
@@ -104,6 +111,8 @@ def find_operators(capture: Capture, init: str) -> dict[str, Operator]:
             operator.reason = "its weight is read in another way too"
         else:
             _describe(operator, canonical, norms, init)
+        if operator.bias and readers[operator.bias] != set(operator.nodes):
+            operator.bias = ""
     return found
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from reparam.ops.expressions import Expression, Sum
 from reparam.ops.recipes.conditions import wide_kernel
 from reparam.ops.recipes.registry import recipe
-from reparam.ops.recipes.site import Site
+from reparam.ops.recipes.site import Site, Unfit
 
 
 def _fits(site: Site) -> str:
@@ -19,6 +19,8 @@ def _fits(site: Site) -> str:
 @recipe("acb", fits=_fits)
 def acb(site: Site) -> Expression:
     """Return KxK, 1xK and Kx1; in three dimensions one row along each."""
+    if not site.dims:
+        raise Unfit("a linear layer; acb writes one row per spatial dimension, and there is none")
     rows = [tuple(k if d == dim else 1 for d, k in enumerate(site.size)) for dim in range(site.dims)]
     parts = [
         site.sized(f"row{dim}.weight", row).normed(f"row{dim}.norm", site.start(1.0)) for dim, row in enumerate(rows)
