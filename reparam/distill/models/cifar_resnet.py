@@ -1,7 +1,8 @@
 """Residual networks for small images (8x8 to 64x64): three stages of basic blocks, no pooling in the stem.
 
 Source: He et al., "Deep Residual Learning" (CVPR 2016), section 4.2, with 1x1 convolution shortcuts where the shape
-changes. Parameter counts for 100 classes: resnet8 83,892, resnet20 278,324.
+changes. The variants x4 have four times the channels in their stages and twice in the stem, as in Tian et al.,
+"Contrastive Representation Distillation" (ICLR 2020). Convolutions start as in He et al. (ICCV 2015), fan-out.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from typing import Any
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
+
+from reparam.distill.models.base import CIFAR, ImageClassifier, he_normal
 
 __all__ = ["CifarResNet"]
 
@@ -35,44 +38,38 @@ class Block(nn.Module):
         return self.relu(y + self.downsample(x))
 
 
-class CifarResNet(nn.Module):
+class CifarResNet(ImageClassifier):
     """A residual network of ``depth = 6 n + 2`` layers: images ``[N, in_chans, H, W]`` to logits ``[N, num_classes]``.
 
     Args:
         depth: number of layers on the longest path: 8, 14, 20, 32, ...
-        width: channels of stem and first stage; the stages have ``width``, ``2 width``, ``4 width`` channels.
+        width: channels of the first stage; the stages have ``width``, ``2 width``, ``4 width`` channels.
         num_classes: number of logits.
         in_chans: image channels.
+        stem: channels of the stem (default: ``width``).
     """
 
-    def __init__(self, depth: int, width: int = 16, num_classes: int = 100, in_chans: int = 3) -> None:
-        super().__init__()
+    def __init__(
+        self, depth: int, width: int = 16, num_classes: int = 100, in_chans: int = 3, stem: int | None = None
+    ) -> None:
+        super().__init__(num_classes, in_chans)
         if depth < 8 or (depth - 2) % 6:
             raise ValueError(f"depth must be 6 n + 2 with n >= 1 (8, 14, 20, ...), got {depth}")
         blocks = (depth - 2) // 6
-        self.num_classes = num_classes
-        self.num_features = 4 * width
-        self.conv1 = nn.Conv2d(in_chans, width, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
+        stem = width if stem is None else stem
+        self.conv1 = nn.Conv2d(in_chans, stem, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(stem)
         self.relu = nn.ReLU()
-        self.layer1 = _stage(width, width, blocks, stride=1)
+        self.layer1 = _stage(stem, width, blocks, stride=1)
         self.layer2 = _stage(width, 2 * width, blocks, stride=2)
         self.layer3 = _stage(2 * width, 4 * width, blocks, stride=2)
-        self.global_pool = nn.AdaptiveAvgPool2d(1)
-        self.flatten = nn.Flatten()
-        self.fc = nn.Linear(4 * width, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        self.add_classifier(4 * width)
+        he_normal(self)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Return the last feature map ``[N, 4 width, H / 4, W / 4]`` (sizes rounded up)."""
         x = self.relu(self.bn1(self.conv1(x)))
         return self.layer3(self.layer2(self.layer1(x)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the logits ``[N, num_classes]``."""
-        return self.fc(self.flatten(self.global_pool(self.forward_features(x))))
 
 
 def _stage(in_channels: int, out_channels: int, blocks: int, stride: int) -> nn.Sequential:
@@ -80,19 +77,8 @@ def _stage(in_channels: int, out_channels: int, blocks: int, stride: int) -> nn.
     return nn.Sequential(first, *(Block(out_channels, out_channels, 1) for _ in range(blocks - 1)))
 
 
-_CONFIG = {
-    "num_classes": 100,
-    "input_size": (3, 32, 32),
-    "pool_size": (8, 8),
-    "fixed_input_size": False,
-    "mean": (0.5071, 0.4867, 0.4408),
-    "std": (0.2675, 0.2565, 0.2761),
-    "first_conv": "conv1",
-    "classifier": "fc",
-}
-
-_NAMES = ("cifar_resnet8", "cifar_resnet8_w8", "cifar_resnet20")
-default_cfgs = generate_default_cfgs({name: _CONFIG for name in _NAMES})
+_SIZES = ("8", "8_w8", "14", "20", "32", "44", "56", "110", "8x4", "32x4")
+default_cfgs = generate_default_cfgs({f"cifar_resnet{size}": CIFAR for size in _SIZES})
 
 
 def _build(variant: str, pretrained: bool, **kwargs: Any) -> CifarResNet:
@@ -113,6 +99,48 @@ def cifar_resnet8_w8(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
 
 
 @register_model
+def cifar_resnet14(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+    """ResNet-14, widths 16, 32, 64: 181,108 parameters for 100 classes."""
+    return _build("cifar_resnet14", pretrained, depth=14, **kwargs)
+
+
+@register_model
 def cifar_resnet20(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """ResNet-20, widths 16, 32, 64: 278,324 parameters for 100 classes."""
     return _build("cifar_resnet20", pretrained, depth=20, **kwargs)
+
+
+@register_model
+def cifar_resnet32(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+    """ResNet-32, widths 16, 32, 64: 472,756 parameters for 100 classes."""
+    return _build("cifar_resnet32", pretrained, depth=32, **kwargs)
+
+
+@register_model
+def cifar_resnet44(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+    """ResNet-44, widths 16, 32, 64: 667,188 parameters for 100 classes."""
+    return _build("cifar_resnet44", pretrained, depth=44, **kwargs)
+
+
+@register_model
+def cifar_resnet56(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+    """ResNet-56, widths 16, 32, 64: 861,620 parameters for 100 classes."""
+    return _build("cifar_resnet56", pretrained, depth=56, **kwargs)
+
+
+@register_model
+def cifar_resnet110(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+    """ResNet-110, widths 16, 32, 64: 1,736,564 parameters for 100 classes."""
+    return _build("cifar_resnet110", pretrained, depth=110, **kwargs)
+
+
+@register_model
+def cifar_resnet8x4(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+    """ResNet-8, stem 32, widths 64, 128, 256: 1,233,540 parameters for 100 classes."""
+    return _build("cifar_resnet8x4", pretrained, depth=8, **{"width": 64, "stem": 32, **kwargs})
+
+
+@register_model
+def cifar_resnet32x4(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+    """ResNet-32, stem 32, widths 64, 128, 256: 7,433,860 parameters for 100 classes."""
+    return _build("cifar_resnet32x4", pretrained, depth=32, **{"width": 64, "stem": 32, **kwargs})
