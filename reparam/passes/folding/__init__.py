@@ -1,0 +1,1 @@
+"""Folding: regions of linear operators found on a graph, folded, and put back into the network."""
