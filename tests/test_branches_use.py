@@ -187,10 +187,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"branches": "orpea"}, r"unknown branch recipe 'orpea'.*orepa"),
     ({"branches": {"body": "ddb"}}, r"unknown branch recipe 'ddb'.*dbb"),
     ({"branches": "orepa:count=3"}, r"no option 'count=3'"),
-    ({"branches": "orepa:branches=many"}, r"branches is a int, not 'many'"),
+    ({"branches": "orepa:branches=many"}, r"branches is of type int, not 'many'"),
     ({"branches": 6}, r"a name or a Recipe, not int"),
     ({"branches": {3: "orepa"}}, r"a branches entry is a name"),
-    ({"branches": "orepa:branches=9"}, r"fits no layer.*1 to 6 branches, not 9"),
+    ({"branches": "orepa:branches=9"}, r"orepa has 1 to 6 branches, not 9"),
     ({"branches": {"nothing": "orepa"}}, r"entry 'nothing' matches no convolution or linear layer"),
     ({"branches": {"boddy": "orepa"}}, r"matches no convolution or linear layer; did you mean 'body'"),
     ({"branches": {"re:(": "orepa"}}, r"entry 're:\(' is no regular expression"),
@@ -199,7 +199,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"branches": {"norm": "orepa"}}, r"entry 'norm' matches no convolution or linear layer"),
     ({"branches": {"he*": "dbb"}, "init": "both"}, r"init must be one of 'student', 'scratch', not 'both'"),
     ({"init": "scratch"}, r"there are none; pass branches"),
-    ({"branches": {"large": "orepa:branches=7"}}, r"entry 'large' wants it: large.weight.*1 to 6"),
+    ({"branches": {"large": "orepa:branches=7"}}, r"orepa has 1 to 6 branches, not 7"),
+    ({"branches": {nn.Conv2d: "acb", "body": "orepa"}}, r"entry 'body' decides no layer: .*Conv2d.* stands before it"),
+    ({"branches": {"*": "dbb", "large": "acb"}}, r"entry 'large' decides no layer: .*'\*' stands before it"),
 ]  # fmt: skip
 
 
@@ -211,13 +213,34 @@ def test_bad_input(call: Any, given: dict[str, Any], message: str) -> None:
 
 
 def test_a_recipe_that_fits_no_layer() -> None:
-    with pytest.raises(InputError, match=r"'expandnet' \(entry '\*'\) fits no layer of this network: .*a linear"):
+    with pytest.raises(InputError, match=r"recipe 'expandnet' fits no layer of this network: .*a linear"):
         plan_of("expandnet", "mlp")
 
 
 def test_an_entry_behind_another_that_takes_everything() -> None:
-    """Not an error: a later entry may be a default that nothing is left for."""
-    assert chosen(plan_of({nn.Conv2d: "acb", "body": "orepa"}))["body"] == "acb"
+    """Only ``"*"`` may: a default that nothing is left for."""
+    assert set(chosen(plan_of({nn.Conv2d: "acb", nn.Linear: None, "*": "orepa"})).values()) == {"acb"}
+
+
+NO_START: dict[str, Any] = {
+    "scaled": lambda site: site.origin() + site.full("a").scaled("b", 1.0),
+    "plain": lambda site: site.origin() + site.full("a"),
+    "normed": lambda site: site.origin() + site.full("a").normed("n"),
+    "in a row": lambda site: site.point("a") >> site.origin(),
+    "nan": lambda site: site.origin() + site.full("a", start=lambda w: w.fill_(float("nan"))).scaled("b", 0.0),
+}
+
+
+@pytest.mark.parametrize("case", NO_START)
+def test_recipes_that_do_not_start_as_the_layer(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_RECIPES", dict(registry._RECIPES))
+    reparam.recipe("wrong", fits=lambda site: "" if site.size == (3, 3) else "other sizes")(NO_START[case])
+    message = "start with NaN or Inf" if case == "nan" else r"do not start as the layer itself \(weights differ by"
+    with pytest.raises(InputError, match=message):
+        reparam.expand(made("cnn"), 2, branches={"body": "wrong"}, example_input=batch("cnn"))
+    if case != "nan":
+        teacher = reparam.expand(made("cnn"), 2, branches={"body": "wrong"}, init="scratch", example_input=batch("cnn"))
+        assert len(teacher.plan.branches) == 1
 
 
 def test_without_branches_nothing_changes() -> None:

@@ -48,8 +48,8 @@ def test_patterns(spec, capsys):
     assert recipes(found) == {"0.weight": "acb", "3.weight": "orepa:branches=2"}
     found = planned(spec, capsys, "--branches", "0=none", "--branches", "re:3.*=repvgg", "--ratio", "3")
     assert recipes(found) == {"3.weight": "repvgg"} and found["ratio"] == 3
-    found = planned(spec, capsys, "--ratio", "3=2", "*=1", "--branches", "dbb", "3=none")
-    assert recipes(found) == {"0.weight": "dbb", "3.weight": "dbb"}  # "*" stands first
+    found = planned(spec, capsys, "--ratio", "3=2", "*=1", "--branches", "3=none", "*=dbb")
+    assert recipes(found) == {"0.weight": "dbb"}
 
 
 @pytest.mark.parametrize(
@@ -57,6 +57,7 @@ def test_patterns(spec, capsys):
     [
         (["--branches", "orpea"], "unknown branch recipe 'orpea'; did you mean 'orepa'?"),
         (["--branches", "7=expandnet:variant=ck"], "fit where entry '7' wants it: 7.weight: variant 'ck' is for"),
+        (["--branches", "dbb", "3=none"], "entry '3' decides no layer: the first entry that matches counts"),
         (["--branches", "9=dbb"], "branches entry '9' matches no convolution or linear layer"),
         (["--branches", "dbb", "--branches", "acb"], "--branches has two recipes for '*'; leave one out"),
         (["--init", "scratch"], "init='scratch' says how branches start, and there are none"),

@@ -23,14 +23,6 @@ PLANS = RESULT.with_name("coverage_plan_all.json")
 UPDATE = "python tests/test_coverage_results.py --update"
 CONTRACTED = Path(__file__).parent / "contracted.json"
 
-ILL_CONDITIONED = {
-    "visformer_tiny": 1e-9,
-    "torchvision.models.detection:maskrcnn_resnet50_fpn": 1e-10,
-    "torchvision.models.detection:maskrcnn_resnet50_fpn_v2": 1e-10,
-}
-"""Networks above 1e-12. Visformer's random weights make attention scores of nearly 1e5, whose rounding alone is 1e-11
-in an exponent; which node of Mask R-CNN is to blame has not been looked into."""
-
 SLOW = {"deepseek_vit_412m": 100}
 """Families for which expand with verification takes more than a minute on two cores: 412 million parameters."""
 
@@ -77,8 +69,7 @@ def test_the_committed_json_holds_no_folder() -> None:
 def test_every_family_of_timm() -> None:
     found = [row for row in committed()["rows"] if row["group"] == "timm"]
     assert len({row["family"] for row in found}) >= 98
-    assert {row["name"] for row in found if not is_exact(row)} <= set(ILL_CONDITIONED)
-    assert all(row["worst_error"] <= ILL_CONDITIONED.get(row["name"], EXACT) for row in found)
+    assert not [row["name"] for row in found if not is_exact(row)]
     assert not [row["name"] for row in found if not returns(row)]
     assert sum(row["coverage"] >= 0.95 for row in found) >= 90
     assert not [row["name"] for row in found if row["coverage"] < 0.6]
@@ -97,7 +88,7 @@ def test_the_time_that_the_families_take_on_a_quiet_machine() -> None:
 def test_torchvision(kind: str, number: int) -> None:
     found = [row for row in committed()["rows"] if row["group"] == f"torchvision {kind}"]
     assert len(found) >= number
-    assert all(row["worst_error"] <= ILL_CONDITIONED.get(row["name"], EXACT) for row in found)
+    assert not [row["name"] for row in found if row["worst_error"] > EXACT]
     assert not [row["name"] for row in found if not returns(row)]
 
 

@@ -67,7 +67,7 @@ def test_branches() -> None:
         r"recipe 'orepa' has no option 'size=3'; its options and their defaults: branches=6",
         branches="orepa:size=3",
     )
-    both(net(), r"recipe 'orepa': option branches is a int, not 'six'", branches="orepa:branches=six")
+    both(net(), r"recipe 'orepa': option branches is of type int, not 'six'", branches="orepa:branches=six")
     both(net(), r"init='scratch' says how branches start, and there are none; pass branches", init="scratch")
     both(net(), r"init must be one of 'student', 'scratch', not 'zero'", branches="orepa", init="zero")
 

@@ -658,9 +658,11 @@ def test_rows_of_a_linear_layer() -> None:
 def test_wrong_options() -> None:
     site = site_of()
     for text in ("orepa:branches=0", "orepa:branches=7", "orepa:pointwise=x", "mobileone:branches=0",
-                 "expandnet:rate=0", "expandnet:variant=x", "expandnet:variant=ck"):  # fmt: skip
-        with pytest.raises(Unfit):
+                 "expandnet:rate=0", "expandnet:variant=x"):  # fmt: skip
+        with pytest.raises(InputError, match=r"branch|rate|pointwise"):
             recipes.get(text).expression(site)
+    with pytest.raises(Unfit, match="from 5 on"):
+        recipes.get("expandnet:variant=ck").expression(site)
 
 
 # Names ---------------------------------------------------------------------------------------------------------------
@@ -678,7 +680,7 @@ BAD: list[tuple[Any, str]] = [
     ("orpea", "did you mean.*orepa|orepa"),
     ("orepa:branch=4", "no option 'branch=4'.*branches=6"),
     ("orepa:branches", "no option 'branches'"),
-    ("orepa:branches=four", "branches is a int, not 'four'"),
+    ("orepa:branches=four", "branches is of type int, not 'four'"),
     ("acb:x=1", "none"),
     (3, "not int"),
     (Recipe("nothing"), "unknown branch recipe 'nothing'"),
@@ -718,7 +720,7 @@ def test_a_recipe_of_your_own() -> None:
     assert float(tensors["scale2"][0]) == 0.25
     expected = tensors[""] + 0.25 * sum(tensors[f"other{k}"] for k in range(3))
     assert error(merge(expression, site, plain_frame(site), tensors.__getitem__).weight, expected) <= EXACT
-    with pytest.raises(InputError, match="fast is a bool, not 'maybe'"):
+    with pytest.raises(InputError, match="fast is of type bool, not 'maybe'"):
         recipes.get("twice-2:fast=maybe")
 
 
@@ -744,11 +746,58 @@ def test_recipes_that_are_refused() -> None:
         recipe("mine", fits=lambda site: "")(needs)
 
 
+def _others(site: Site) -> Expression:
+    return site.origin() + site.full("a").scaled("b", site.start(1.0))
+
+
+WRONG: dict[str, tuple[Any, str]] = {
+    "nothing": (lambda s: None, "it returned NoneType, not operators of the site"),
+    "tensor": (lambda s: Sum((s.origin(), torch.ones(3))), "Tensor stands where an operator"),
+    "no origin": (lambda s: s.full("w"), r"uses site.origin\(\) 0 times"),
+    "two origins": (lambda s: s.origin() + s.origin(), r"uses site.origin\(\) 2 times"),
+    "same name": (lambda s: _others(s) + s.sized("a", (1, 3)).scaled("c", 0.0), "share the name 'a'"),
+    "name of a scale": (lambda s: s.origin() + s.full("a").scaled("a", 0.0), "share the name 'a'"),
+    "name above": (lambda s: _others(s) + s.full("a.b").scaled("c", 0.0), "share the name 'a'"),
+    "same norm": (lambda s: s.origin().normed("n") + s.full("a").normed("n"), "share the name 'n.weight'"),
+    "empty name": (lambda s: s.origin() + s.full("").scaled("c", 0.0), "'' is no name for a tensor"),
+    "outputs": (lambda s: s.origin() + s.full("a", outputs=s.outputs + 1), "branches of 4 and 5 channels"),
+    "inputs": (lambda s: _others(s) + (s.full("c", outputs=8) >> s.point("d")), "d takes 4 channels and gets 8"),
+    "more outputs": (lambda s: s.origin() >> s.point("d", outputs=8), "returns 8 channels, the layer has 4"),
+    "its own error": (lambda s: 1 / 0, "ZeroDivisionError: division by zero"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+@pytest.mark.usefixtures("own_recipes")
+def test_wrong_recipes(case: str) -> None:
+    build, message = WRONG[case]
+    recipe("wrong", fits=lambda site: "")(lambda site: build(site))
+    with pytest.raises(InputError, match=f"recipe 'wrong', layer .*{message}"):
+        recipes.get("wrong").expression(site_of(4, 4))
+
+
+@pytest.mark.parametrize("value", [True, False, None])
+@pytest.mark.usefixtures("own_recipes")
+def test_conditions_return_text(value: Any) -> None:
+    recipe("wrong", fits=lambda site: value)(_others)
+    with pytest.raises(InputError, match=f"recipe 'wrong': fits returned {value} for .*an empty string where it is"):
+        recipes.get("wrong").unfit(site_of(4, 4))
+
+
+@pytest.mark.usefixtures("own_recipes")
+def test_a_recipe_does_not_take_the_name_of_another() -> None:
+    def dbb(site: Site) -> Expression:
+        return site.origin()
+
+    with pytest.raises(InputError, match="there is a recipe 'dbb' already"):
+        recipe("dbb", fits=lambda site: "")(dbb)
+
+
 def test_branches_of_another_size_are_refused() -> None:
     site = site_of(4, 4)
     larger = site.origin() + replace(site.full("larger"), size=(5, 5))
     for expression in (larger, site.full("only", outputs=8)):
-        with pytest.raises(KernelError, match=r"starts with site.origin\(\)"):
+        with pytest.raises(KernelError, match=r"starts with site.origin\(\)|the branches make"):
             tensors = drawn(expression, site)
             merge(expression, site, plain_frame(site), tensors.__getitem__)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -324,3 +325,22 @@ def test_functional_use_of_one_weight_in_two_ways() -> None:
 def test_tied_is_what_it_says() -> None:
     model = Tied()
     assert model.encode.weight is model.decode.weight
+
+
+def test_extract_warns_of_statistics_that_were_never_updated() -> None:
+    student = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    x = torch.randn(4, 3, 8, 8)
+    teacher = reparam.expand(student, 2, example_input=x).train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        reparam.extract(teacher)  # nobody was trained
+    teacher(x)
+    with pytest.warns(UserWarning, match="statistics were never updated"):
+        reparam.extract(teacher)
+    reparam.student_view(teacher).train()(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        reparam.extract(teacher)
+        alone = reparam.expand(student, 1, example_input=x).train()
+        alone(x)
+        reparam.extract(alone)  # at ratio 1 the statistics are the teacher's

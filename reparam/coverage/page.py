@@ -22,7 +22,7 @@ _INTRO = """\
 What `reparam expand` does to networks as they are: the smallest network of each family of timm (a family is a module of
 timm) and the networks of torchvision. Every figure on this page is written by `reparam coverage` from its result file;
 a test compares the two. Weights are random, and norms, their statistics and everything else that starts constant are
-randomised, so that no wrong map hides behind a zero or a one.
+randomised, so that no wrong map hides behind a zero or a one, and scaled so that activations stay near 1.
 
 - *Widened*: the share of conv and linear weight values that are widened on both sides; the network's own inputs and
   outputs count as done. *Parameters* and *multiply-adds*: of the student, and how many times as many the teacher has.

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from reparam.errors import KernelError
+from reparam.errors import InputError, KernelError
 from reparam.ops.expressions import Expression, has_norms, start_all
 from reparam.ops.flow import Flow
 from reparam.ops.frames import Frame, Read, Widening
@@ -42,7 +42,7 @@ def merge(expression: Expression, site: Site, frame: Frame, read: Read) -> Kerne
         kernel = expression.kernel(read, frame)
     if kernel.weight.shape != weight.shape or any(kernel.padding):
         raise KernelError(
-            f"{site.name}: the branches make {kernel}, the operator's weight is {list(weight.shape)}; a recipe returns "
+            f"the branches make {kernel}, the operator's weight is {list(weight.shape)}; a recipe returns "
             "a sum that starts with site.origin(), and no part of it is larger"
         )
     return replace(kernel, padding=site.padding)
@@ -148,6 +148,26 @@ def new_tensors(expression: Expression, like: Tensor) -> dict[str, Tensor]:
         return torch.empty(shape, dtype=torch.long if counter else like.dtype, device=like.device)
 
     return start_all(expression, make)
+
+
+def check_start(expression: Expression, site: Site, weight: Tensor, recipe: str) -> None:
+    """Compare what new branches make with the operator that they are for.
+
+    Raises:
+        InputError: from a student, another operator; or values that are not finite.
+    """
+    tensors = {**new_tensors(expression, weight), "": weight}
+    kernel = merge(expression, site, Frame(site.inputs, site.groups), tensors.__getitem__)
+    apart = (kernel.weight - weight).abs().max() if weight.numel() else weight.new_zeros(())
+    shift = weight.new_zeros(()) if kernel.bias is None else kernel.bias.abs().max()
+    if not bool(torch.isfinite(apart + shift)):
+        raise InputError(f"recipe {recipe!r}, layer {site.name}: its branches start with NaN or Inf")
+    if not site.scratch and float(apart + shift) > 1e-6 * float(weight.abs().max()):
+        raise InputError(
+            f"recipe {recipe!r}, layer {site.name}: with init='student' its branches do not start as the layer itself "
+            f"(weights differ by {float(apart):.1e}, bias by {float(shift):.1e}); the scale of a new branch, or the "
+            "weight of its last norm, starts with site.start(...), and site.origin() has no norm behind it"
+        )
 
 
 def wide_tensors(

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from reparam.errors import InputError, KernelError, near_matches
 from reparam.ops import recipes
-from reparam.ops.block import merge, new_tensors, wide_frame, widening
+from reparam.ops.block import check_start, merge, new_tensors, wide_frame, widening
 from reparam.ops.expressions import Expression, has_norms
 from reparam.ops.frames import Frame
 from reparam.ops.params import ParamMap
@@ -131,8 +131,14 @@ def _assign(model: nn.Module, wanted: Iterable[str | type], layers: list[str]) -
         if not mine:
             near = "" if isinstance(entry, type) else near_matches(entry.removeprefix("re:"), [*modules, *names])
             raise InputError(f"branches entry {entry!r} matches no convolution or linear layer{near}")
-        for name in mine:
-            result.setdefault(name, entry)
+        free = [name for name in mine if name not in result]
+        if not free and entry != REST:  # a default may have nothing left to decide
+            earlier = ", ".join(sorted({repr(result[name]) for name in mine}))
+            raise InputError(
+                f"branches entry {entry!r} decides no layer: the first entry that matches counts, and {earlier} stands "
+                "before it; move it to the front"
+            )
+        result.update(dict.fromkeys(free, entry))
     return result
 
 
@@ -183,6 +189,16 @@ def _measured(
     return BranchPlan(site, recipe, bias, norms if has_norms(expression) else (), *counts, *work)
 
 
+def check_starts(model: nn.Module, plan: Plan) -> None:
+    """Compare what new branches make with the layers that they are for; see :func:`reparam.ops.block.check_start`."""
+    for branch in plan.branches:
+        weight = model.get_parameter(branch.site.name).detach()
+        if weight.device.type == "meta":
+            continue
+        with torch.random.fork_rng([weight.device] if weight.device.type == "cuda" else []), torch.no_grad():
+            check_start(branch.recipe.expression(branch.site), branch.site, weight, str(branch.recipe))
+
+
 def check_fits(capture: Capture, plan: Plan) -> None:
     """Compare the branches of a plan from a file with the network.
 
@@ -221,7 +237,8 @@ def _check_all_used(
             kinds.setdefault(reasons[name], []).append(name)
         text = "; ".join(f"{_some(names)}: {reason}" for reason, names in list(kinds.items())[:5])
         if not named:
-            raise InputError(f"recipe {str(recipe)!r} (entry {entry!r}) fits no layer of this network: {text}")
+            where = "" if entry == REST else f" (entry {entry!r})"
+            raise InputError(f"recipe {str(recipe)!r}{where} fits no layer of this network: {text}")
         raise InputError(f"recipe {str(recipe)!r} does not fit where entry {entry!r} wants it: {text}")
 
 

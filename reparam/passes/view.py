@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -40,12 +41,16 @@ def extract(teacher: nn.Module) -> nn.Module:
     """Return the student as a plain model: original class, state_dict keys and shapes; a fresh copy.
 
     ``extract(expand(m))`` has the state_dict of ``m`` bit for bit where the ratio is a power of two, within 2 ulp
-    otherwise. The result is in the train or eval mode of the student's view.
+    otherwise; float16 rounds what becomes too small, too. The result is in the train or eval mode of the student's
+    view.
+
+    Warns where the teacher was trained and the view never ran: the student's own norm statistics are then not its own.
 
     Raises:
         InputError: ``teacher`` was not made by reparam.
     """
     owner = require_teacher(teacher)
+    _warn_of_old_statistics(owner)
     tensors = narrow_tensors(owner)
     with torch.no_grad():
         student = rebuild(owner.skeleton, lambda name, _meta: tensors[name].detach().clone())
@@ -55,6 +60,24 @@ def extract(teacher: nn.Module) -> nn.Module:
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(owner.get_parameter(name).requires_grad)
     return student
+
+
+def _warn_of_old_statistics(teacher: Teacher) -> None:
+    """Say so where only the teacher's norms have seen data: the student's own statistics are those of a new network."""
+    state, prefix = teacher.state_dict(), f"{STATISTICS}."
+    counters = [name for name in state if name.startswith(prefix) and name.endswith(_COUNTER)]
+    if any(state[name].is_meta for name in counters):
+        return
+    never = not any(map(bool, (state[name] for name in counters)))
+    if never and any(state[name.removeprefix(prefix)] for name in counters):
+        warnings.warn(
+            "the student's own norm statistics were never updated, although the teacher's were: the extracted student "
+            "will not be good in eval mode. Run student_view(teacher) in train mode as well, for a few batches at least",
+            stacklevel=3,
+        )
+
+
+_COUNTER = "num_batches_tracked"
 
 
 def _mode(teacher: Teacher, path: str) -> bool:

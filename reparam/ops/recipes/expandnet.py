@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from reparam.errors import InputError
 from reparam.ops.expressions import Expression, Sequence
 from reparam.ops.recipes.conditions import wide_kernel
 from reparam.ops.recipes.registry import recipe
-from reparam.ops.recipes.site import Site, Unfit
+from reparam.ops.recipes.site import Site, Unfit, linear_
 
 
 def _fits(site: Site) -> str:
@@ -22,11 +23,15 @@ def _fits(site: Site) -> str:
 def expandnet(site: Site, *, rate: int = 4, variant: str = "cl") -> Expression:
     """Return the layer, and the same as a row of layers with ``rate`` times the channels in between."""
     if variant not in ("cl", "ck") or rate < 1:
-        raise Unfit(f"expandnet has rate >= 1 and variant 'cl' or 'ck', not {rate} and {variant!r}")
+        raise InputError(f"expandnet has rate >= 1 and variant 'cl' or 'ck', not {rate} and {variant!r}")
     wide_in, wide_out = rate * site.inputs, rate * site.outputs
     if variant == "cl":
-        first = site.point("row.first", outputs=wide_in)
-        row = first >> site.full("row.middle", wide_in, wide_out) >> site.point("row.last", inputs=wide_out)
+        first = site.point("row.first", outputs=wide_in, start=linear_)
+        row = (
+            first
+            >> site.full("row.middle", wide_in, wide_out, start=linear_)
+            >> site.point("row.last", inputs=wide_out)
+        )
     else:
         row = _threes(site, wide_out)
     return site.origin(scale=0.0) + row.scaled("row.scale", site.start(1.0))
@@ -42,6 +47,7 @@ def _threes(site: Site, wide: int) -> Expression:
     for k in range(count):
         inputs = site.inputs if k == 0 else wide
         outputs = site.outputs if k == count - 1 else wide
-        layer = replace(site.full(f"row.layer{k}", inputs, outputs), size=three)
+        start = None if k == count - 1 else linear_
+        layer = replace(site.full(f"row.layer{k}", inputs, outputs, start=start), size=three)
         parts.append(layer if k == count - 1 else replace(layer, stride=(1,) * site.dims))
     return Sequence(tuple(parts))

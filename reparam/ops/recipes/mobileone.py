@@ -5,9 +5,10 @@ Source: MobileOne (CVPR 2023).
 
 from __future__ import annotations
 
+from reparam.errors import InputError
 from reparam.ops.expressions import Expression, Sum
 from reparam.ops.recipes.registry import recipe
-from reparam.ops.recipes.site import Site, Unfit
+from reparam.ops.recipes.site import Site
 
 
 def _fits(site: Site) -> str:
@@ -20,7 +21,7 @@ def _fits(site: Site) -> str:
 def mobileone(site: Site, *, branches: int = 4) -> Expression:
     """Return ``branches`` kernels of the full size (the operator's own is one of them), 1x1 and identity."""
     if branches < 1:
-        raise Unfit(f"mobileone has at least one branch, not {branches}")
+        raise InputError(f"mobileone has at least one branch, not {branches}")
     parts = [site.normed_origin()]
     parts += [site.full(f"copy{k}.weight").normed(f"copy{k}.norm", site.start(1.0)) for k in range(1, branches)]
     if max(site.size, default=1) > 1:

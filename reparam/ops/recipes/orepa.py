@@ -7,10 +7,11 @@ second full kernel that GPD's released code has in its place.
 
 from __future__ import annotations
 
+from reparam.errors import InputError
 from reparam.ops.expressions import Expression, Sum
 from reparam.ops.recipes.conditions import three_taps
 from reparam.ops.recipes.registry import recipe
-from reparam.ops.recipes.site import Site, Unfit, zeros_
+from reparam.ops.recipes.site import Site, zeros_
 
 _SEPARABLE = 8
 """Depthwise filters per input channel in the separable branch."""
@@ -27,9 +28,9 @@ def orepa(site: Site, *, branches: int = 6, pointwise: str = "published") -> Exp
     Origin; 1x1 then average; 1x1 then frequency prior; 1x1 (identity plus residual) then KxK; 1x1; depthwise then 1x1.
     """
     if pointwise not in ("published", "released"):
-        raise Unfit(f"pointwise must be 'published' or 'released', not {pointwise!r}")
+        raise InputError(f"pointwise must be 'published' or 'released', not {pointwise!r}")
     if not 1 <= branches <= 6:
-        raise Unfit(f"orepa has 1 to 6 branches, not {branches}")
+        raise InputError(f"orepa has 1 to 6 branches, not {branches}")
     published = pointwise == "published"
     point = site.point("point.weight", strided=True) if published else site.full("point.weight")
     entry = site.point("serial.residual", outputs=site.inputs, start=zeros_) + site.identity("serial.identity")

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from reparam.errors import InputError, near_matches
+from reparam.errors import InputError, ReparamError, near_matches
 from reparam.ops.expressions import Expression
+from reparam.ops.recipes.checks import check_expression
 from reparam.ops.recipes.site import Site
 
 Build = Callable[..., Expression]
@@ -48,7 +49,8 @@ def recipe(name: str, fits: Callable[[Site], str]) -> Callable[[Build], Build]:
 
     def register(build: Build) -> Build:
         known = _RECIPES.get(name)
-        if known is not None and known.build.__qualname__ != build.__qualname__:
+        same = known is not None and _place(known.build) == _place(build)  # a cell of a notebook, run again
+        if known is not None and not same:
             raise InputError(f"there is a recipe {name!r} already")
         options = list(inspect.signature(build).parameters.values())[1:]
         missing = [option.name for option in options if option.default is inspect.Parameter.empty]
@@ -58,6 +60,10 @@ def recipe(name: str, fits: Callable[[Site], str]) -> Callable[[Build], Build]:
         return build
 
     return register
+
+
+def _place(build: Build) -> tuple[str, str]:
+    return build.__module__, build.__qualname__
 
 
 @dataclass(frozen=True)
@@ -87,12 +93,25 @@ class Recipe:
 
         Raises:
             Unfit: there are none.
+            InputError: the recipe is wrong.
         """
-        return _RECIPES[self.name].build(site, **self.options)
+        try:
+            found = _RECIPES[self.name].build(site, **self.options)
+        except ReparamError:
+            raise
+        except Exception as error:
+            raise InputError(f"recipe {str(self)!r}, layer {site.name}: {type(error).__name__}: {error}") from error
+        return check_expression(found, site, str(self))
 
     def unfit(self, site: Site) -> str:
         """Return why the recipe is not meant for an operator, an empty string where it is."""
-        return _RECIPES[self.name].fits(site)
+        reason = _RECIPES[self.name].fits(site)
+        if not isinstance(reason, str):
+            raise InputError(
+                f"recipe {self.name!r}: fits returned {reason!r} for {site.name}; it returns why the recipe is not "
+                "meant for the layer, an empty string where it is"
+            )
+        return reason
 
 
 def names() -> list[str]:
@@ -141,4 +160,4 @@ def _read(recipe_name: str, key: str, text: str, default: Option) -> Option:
     try:
         return {"True": True, "true": True, "False": False, "false": False}[text] if kind is bool else kind(text)
     except (ValueError, KeyError) as error:
-        raise InputError(f"recipe {recipe_name!r}: option {key} is a {kind.__name__}, not {text!r}") from error
+        raise InputError(f"recipe {recipe_name!r}: option {key} is of type {kind.__name__}, not {text!r}") from error

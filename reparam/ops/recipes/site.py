@@ -165,5 +165,10 @@ def identity_(weight: Tensor) -> Tensor:
     return weight.copy_(rows[: len(weight)].reshape(weight.shape))
 
 
+def linear_(weight: Tensor) -> Tensor:
+    """Write random values that keep the variance: for operators with another linear one behind them."""
+    return weight if weight.is_meta else nn.init.kaiming_uniform_(weight.flatten(1), nonlinearity="linear")
+
+
 zeros_ = nn.init.zeros_
 """Writes zeros into a weight."""
