@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from reparam.passes.branches import Branches, add_branches, check_branches, check_init
+from reparam.passes.branches import Branches, add_branches, check_branches, check_init, check_starts
 from reparam.passes.capture import Capture
 from reparam.passes.example import Inputs, accepts, batch_of, inputs_from_json, normalise, random_like
 from reparam.passes.modes import require
@@ -112,6 +112,7 @@ def expand(
     check_model(model)
     capture, inputs, made = prepare(model, ratio, example_input, ignore, check_heads(heads))
     made = add_branches(model, capture, made, wanted, init)
+    check_starts(model, made)
     if verify:
         verify_plan(model, capture, made, *verified_inputs(capture, made, inputs, example_input))
     return build_teacher(model, capture, made, noise)

@@ -72,7 +72,7 @@ def _warn_of_old_statistics(teacher: Teacher) -> None:
     if never and any(state[name.removeprefix(prefix)] for name in counters):
         warnings.warn(
             "the student's own norm statistics were never updated, although the teacher's were: the extracted student "
-            "will not be good in eval mode. Run student_view(teacher) in train mode as well, for a few batches at least",
+            "will not be good in eval mode. Run student_view(teacher) in train mode as well, if only for a few batches",
             stacklevel=3,
         )
 
