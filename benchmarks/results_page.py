@@ -83,6 +83,34 @@ def _training(data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _fold(data: dict[str, Any]) -> str:
+    lines = [
+        f"### Folding: batch {data['batch']}, {data['threads']} threads\n",
+        "Norms that run before and after folding; the largest difference of the outputs, relative to the largest one; "
+        "inference time of the folded network relative to the unfolded one, run side by side.\n",
+        "| network | norms | reparam | timm | torch.fx | float64 error | timm's | float32 error | model's own | time |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, row in data["models"].items():
+        ours, theirs = row["reparam"], row["timm"]
+        left = [str(row[kind].get("norms", "fails")) for kind in ("reparam", "timm", "torch.fx")]
+        fuses = theirs.get("norms", row["norms_before"]) < row["norms_before"]
+        errors = [
+            f"{ours['float64_error']:.1e}",
+            f"{theirs['float64_error']:.1e}" if fuses else "",
+            f"{ours['float32_error']:.1e}",
+            f"{row['float32_error_of_the_model']:.1e}",
+        ]
+        cells = (f"`{name}`", str(row["norms_before"]), *left, *errors, f"{ours['time_ratio']['median']:.2f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    times = sorted(row["reparam"]["time_ratio"]["median"] for row in data["models"].values())
+    lines.append(
+        f"\nMedian of the times {times[len(times) // 2]:.2f}, from {times[0]:.2f} to {times[-1]:.2f}. timm's errors "
+        "stand where its own code removes norms.\n"
+    )
+    return "\n".join(lines)
+
+
 def _surgery(data: dict[str, Any]) -> str:
     lines = [
         f"### Surgery: {data['model']} at {data['input'][-1]} px, {data['threads']} threads\n",
@@ -138,6 +166,7 @@ def _branches(data: dict[str, Any]) -> str:
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "branches": _branches,
     "compare_training": _training,
+    "fold": _fold,
     "random_networks": _networks,
     "surgery": _surgery,
 }
