@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -30,6 +31,13 @@ def fold(model: nn.Module, example_input: Any = None, *, allow_growth: bool = Fa
     Modules keep their class and name: a convolution gets another weight and a bias, a norm that is gone becomes
     ``nn.Identity``; the smallest modules whose own code changes become graph modules. If nothing folds, the result
     is a deep copy.
+
+    What is preserved is ``forward`` as it was recorded, in eval mode: another method of a module that calls a norm
+    which is gone computes something else. Where code branches on a size or an argument between operators that fold,
+    its module becomes a graph that refuses other sizes and arguments than those of the example. A graph module takes
+    no keyword arguments that its ``forward`` did not have, and has no hooks of the module that it replaces, nor of
+    those whose operators are gone. Hooks are part of what is recorded: they are called while folding, on a copy
+    without data. A layer that is called with several norms is copied, once for each.
 
     Args:
         model: a network in eval mode.
@@ -63,7 +71,13 @@ def fold_with_report(
     check_model(model)
     _check_mode(model)
     skeleton = skeleton_of(model)
-    return _folded(model, skeleton, example_for(model, skeleton, example_input), allow_growth)
+    result, report = _folded(model, skeleton, example_for(model, skeleton, example_input), allow_growth)
+    return result, replace(report, parameters=(_numbers(model), _numbers(result)))
+
+
+def _numbers(model: nn.Module) -> int:
+    """Return how many numbers the parameters of a model hold."""
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _folded(model: nn.Module, skeleton: nn.Module, inputs: Inputs, allow_growth: bool) -> tuple[nn.Module, FoldReport]:
@@ -80,10 +94,13 @@ def _folded(model: nn.Module, skeleton: nn.Module, inputs: Inputs, allow_growth:
     report = report_of(recording, analysis)
     result = _copied(model)
     if analysis.edits:
-        result = Surgery(result, recording, analysis).run()
+        surgery = Surgery(result, recording, analysis)
+        result = surgery.run()
         if not _runs(result, inputs):
             # Code around a module reads what is gone: the network's own code is written anew.
-            result = Surgery(_copied(model), recording, analysis, at_root=True).run()
+            surgery = Surgery(_copied(model), recording, analysis, at_root=True)
+            result = surgery.run()
+        report = replace(report, copies=surgery.copies)
     for node in recording.graph.nodes:
         if node.op == "call_module" and _same_module(result, model, str(node.target)):
             path = str(node.target)

@@ -33,6 +33,8 @@ class Movement:
     def __init__(self, ops: dict[fx.Node, Op], shapes: Constants) -> None:
         self.ops, self.shapes = ops, shapes
         self.gone: set[fx.Node] = set()
+        self.groups: list[set[fx.Node]] = []  # what moved, what it passed, and what took it in
+        self._passed: list[fx.Node] = []
         self.reasons: dict[fx.Node, str] = {}
         self._carried: dict[Any, tuple[int, Tensor] | None] = {}
 
@@ -46,6 +48,7 @@ class Movement:
         todo = [op for op in self.ops.values() if op.kind == "affine"]
         for op in reversed(todo) if backwards else todo:
             assert op.affine is not None
+            self._passed = [op.node]
             try:
                 start = op.node if backwards else op.inputs[0]
                 actions = move(start, op.node, op.affine)
@@ -57,6 +60,7 @@ class Movement:
                 action()
             op.kind, changed = "same", True
             self.gone.add(op.node)
+            self.groups.append(set(self._passed))
         return changed
 
     # -- up ------------------------------------------------------------------------------------------------------------
@@ -72,6 +76,7 @@ class Movement:
             raise Refused(f"it follows {describe(value)}")
         if users_of(value) != {user}:
             raise Refused(f"the result of {describe(value)} is used elsewhere")
+        self._passed.append(value)
         if op.kind == "kernel":
             self._check_channel(op, value, affine)
             return [lambda: _scale(op, affine)]
@@ -89,10 +94,11 @@ class Movement:
             raise Refused("it follows a value that is added to itself")
         if affine.scale is None:
             if op.signs[0] == 1:
+                passed = len(self._passed)
                 try:
                     return self._up(first, op.node, affine)
                 except Refused:
-                    pass
+                    del self._passed[passed:]
             if op.signs[1] != 1:
                 raise Refused("it follows a difference")
             return self._up(others[0], op.node, affine)
@@ -147,6 +153,7 @@ class Movement:
             op = self.ops.get(user)
             if op is None or op.kind in ("add", "cat", "affine", "pad"):
                 raise Refused(f"{describe(user)} follows")
+            self._passed.append(user)
             if op.kind == "kernel":
                 self._check_behind(op, affine)
                 found.append(lambda op=op: _behind(op, affine))  # type: ignore[misc]

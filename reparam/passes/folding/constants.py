@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import zlib
 from typing import Any
 
 import torch
@@ -73,6 +74,21 @@ class Constants:
             return operator.attrgetter(name)(self.model).detach()
         except AttributeError:
             return operator.attrgetter(name)(self.skeleton).detach()
+
+
+class Probes(Constants):
+    """Evaluates constants for random parameters and buffers.
+
+    Kernels that are equal for these are computed in the same way from the same tensors. Equal values of a network as
+    it was made say nothing about the trained one.
+    """
+
+    def _attribute(self, name: str) -> Any:
+        value = super()._attribute(name)
+        if not value.is_floating_point():
+            return value
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        return 0.5 + torch.rand(value.shape, dtype=torch.float64, generator=generator)
 
 
 _PLACED = set(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +14,8 @@ from reparam.errors import ModelError
 from reparam.ops import algebra
 from reparam.ops.kernels import Kernel
 from reparam.passes.folding.affine import Movement
-from reparam.passes.folding.constants import Constants, constants_of, device_of
+from reparam.passes.folding.borders import move_borders
+from reparam.passes.folding.constants import Constants, Probes, constants_of, device_of
 from reparam.passes.folding.linear import read_operators
 from reparam.passes.folding.ops import Op, Region, value_of
 from reparam.passes.folding.record import Call, Recording, call_of, common_call
@@ -31,6 +34,7 @@ class Edit:
         kernel: the new operator, in the layer's dtype; None if the value passes.
         main: the operator of the model that gives the new one its place.
         covered: other nodes that are not computed any more.
+        probe: the new operator for other weights, which tells whether two are the same whatever the weights are.
     """
 
     node: fx.Node
@@ -39,6 +43,7 @@ class Edit:
     kernel: Kernel | None = None
     main: fx.Node | None = None
     covered: frozenset[fx.Node] = frozenset()
+    probe: Callable[[], Kernel] | None = None
 
 
 @dataclass
@@ -52,6 +57,7 @@ class Analysis:
         edits: what changes.
         live: the nodes that are still computed.
         originals: the kernels of convolutions and linear layers as they were, on the meta device.
+        groups: nodes that are exact only together, as one changed because of the others.
     """
 
     ops: dict[fx.Node, Op]
@@ -60,6 +66,7 @@ class Analysis:
     edits: list[Edit] = field(default_factory=list)
     live: set[fx.Node] = field(default_factory=set)
     originals: dict[fx.Node, Kernel] = field(default_factory=dict)
+    groups: list[set[fx.Node]] = field(default_factory=list)
 
 
 def analyse(recording: Recording, model: nn.Module, allow_growth: bool) -> Analysis:
@@ -68,6 +75,7 @@ def analyse(recording: Recording, model: nn.Module, allow_growth: bool) -> Analy
     Raises:
         ModelError: a folded weight is not finite.
     """
+    move_borders(recording, model)
     ops = read_operators(recording.graph, constants_of(recording.graph))
     shapes = Constants(None, recording.skeleton)
     originals = {n: op.kernel(shapes) for n, op in ops.items() if op.kind == "kernel" and op.kernel is not None}
@@ -76,6 +84,7 @@ def analyse(recording: Recording, model: nn.Module, allow_growth: bool) -> Analy
     regions = Regions(ops, shapes, allow_growth)
     found = Analysis(ops, movement, regions, originals=originals)
     chosen = regions.run(recording.graph)
+    found.groups = movement.groups + [regions.between(region) for region in chosen]
     edits = [Edit(node, ops[node].inputs[0], call_of(node)) for node in movement.gone]
     for region in chosen:
         edits += _edits_of(region, regions)
@@ -83,11 +92,12 @@ def analyse(recording: Recording, model: nn.Module, allow_growth: bool) -> Analy
     found.live = _live(recording.graph, by_node, regions)
     found.edits = [edit for edit in by_node.values() if edit.node in found.live]
     made = {region.sink: region for region in chosen}
-    values = Constants(model, recording.skeleton)
+    values, probes = Constants(model, recording.skeleton), Probes(model, recording.skeleton)
     for edit in found.edits:
         if edit.main is not None:
             region = next(r for r in made.values() if edit.main in r.covered and edit.node in r.covered)
             edit.kernel = _finished(region, edit.main, values, model)
+            edit.probe = partial(region.build, probes)
     return found
 
 

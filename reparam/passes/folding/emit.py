@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from reparam.passes.folding.edits import Edit
@@ -94,23 +95,20 @@ class Emitter:
     # -- inputs --------------------------------------------------------------------------------------------------------
 
     def _inputs(self) -> None:
-        if self.scope.parent is None:
-            for node in [n for n in self.scope.items if isinstance(n, fx.Node) and n.op == "placeholder"]:
-                self.env[node] = self.code.graph.placeholder(str(node.target))
-            return
-        for name, value, default in _parameters(self.module, self.scope):
+        for name, value, default in parameters_of(self.module, self.scope):
             if default is _NO or not _is_plain(default):
                 new = self.code.graph.placeholder(name)
             else:
                 new = self.code.graph.placeholder(name, default_value=default)
-            if _nodes(value):
+            if nodes_in(value):
                 self._unpack(value, new)
             elif _is_plain(value):
                 self._guard(name, value, new)
 
     def _guard(self, name: str, value: Any, new: fx.Node) -> None:
         """Stop where a constant argument is another one than the code was written for."""
-        message = f"{self.scope.path} was folded for {name}={value!r}; fold the network again for another value"
+        where = self.scope.path or "the network"
+        message = f"{where} was folded for {name}={value!r}; fold the network again for another value"
         self.kept.add(self.code.graph.call_function(require, (new, value, message)))
 
     def _unpack(self, value: Any, new: fx.Node) -> None:
@@ -122,7 +120,7 @@ class Emitter:
             value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, (list, tuple)) else ())
         )
         for key, item in items:
-            if _nodes(item):
+            if nodes_in(item):
                 self._unpack(item, self.code.graph.call_function(operator.getitem, (new, key)))
 
     # -- body ----------------------------------------------------------------------------------------------------------
@@ -139,7 +137,7 @@ class Emitter:
     def _closed(self, call: Call) -> bool:
         """Whether all that is used of a call is what it returns."""
         inside = set(call.nodes())
-        hidden = inside - set(_nodes(call.result))
+        hidden = inside - set(nodes_in(call.result))
         escapes = any(user not in inside for n in hidden if n.op != "get_attr" for user in n.users)
         return call.known and not escapes
 
@@ -149,7 +147,7 @@ class Emitter:
         for node in [n for n in call.nodes() if n in self.starts]:
             if self.starts[node].scope not in own:
                 self._start(self.starts[node])
-        results = set(_nodes(call.result))
+        results = set(nodes_in(call.result))
         if not inside & results or results <= self.dropped:
             return
         try:
@@ -269,7 +267,7 @@ class Emitter:
 _NO = object()
 
 
-def _parameters(module: nn.Module, call: Call) -> Iterator[tuple[str, Any, Any]]:
+def parameters_of(module: nn.Module, call: Call) -> Iterator[tuple[str, Any, Any]]:
     """Yield name, value in this call and default of the inputs of a module."""
     signature = inspect.signature(module.forward)
     bound = signature.bind(*call.args, **call.kwargs).arguments
@@ -285,11 +283,16 @@ def _parameters(module: nn.Module, call: Call) -> Iterator[tuple[str, Any, Any]]
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a value is a number, a word or None, or a tuple of these."""
-    return all(map(_is_plain, value)) if type(value) is tuple else isinstance(value, (int, float, str, type(None)))
+    """Whether a value is a number, a word, a type or None, or a structure of these."""
+    if type(value) in (tuple, list):
+        return all(map(_is_plain, value))
+    if type(value) is dict:
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    return isinstance(value, (int, float, str, type(None), torch.dtype, torch.device))
 
 
-def _nodes(value: Any) -> list[fx.Node]:
+def nodes_in(value: Any) -> list[fx.Node]:
+    """Return the nodes of a structure."""
     found: list[fx.Node] = []
     fx.node.map_arg(value, found.append)
     return found

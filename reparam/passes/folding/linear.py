@@ -136,6 +136,8 @@ def _each(value: Any, dims: int) -> tuple[int, ...]:
 
 def _pad(given: _Given) -> Op | None:
     x, pad, mode, fill = given.get("input pad mode value", "constant", None)
+    if given.data(x) and mode in ("reflect", "replicate", "circular"):
+        return Op(given.node, "move", (x,))
     if not given.data(x) or _holds_nodes(pad) or mode != "constant" or fill not in (None, 0) or len(pad) % 2:
         return None
     dims = value_of(x).dim() - 2
@@ -187,6 +189,8 @@ def _arithmetic(given: _Given) -> Op | None:
     if given.data(a) and given.data(b):
         return _sum(given, a, b) if given.name in ("add", "sub") else None
     x, other = (a, b) if given.data(a) else (b, a)
+    if not given.fixed(other):  # a size: another input has another one
+        return None
     if not given.data(x) or (x is b and given.name == "div") or isinstance(other, bool):
         return None
     value, out = value_of(x), value_of(given.node)

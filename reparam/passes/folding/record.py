@@ -9,6 +9,7 @@ from typing import Any
 from torch import fx, nn
 
 from reparam.passes.functionalize import is_inplace
+from reparam.passes.meta import has_tensor
 from reparam.passes.modes import require
 from reparam.passes.proxies import source_line
 from reparam.passes.tracer import ModelTracer
@@ -98,7 +99,11 @@ def record_calls(skeleton: nn.Module, args: Sequence[Any], kwargs: Mapping[str, 
     """
     tracer = _Tracer(args, kwargs, training=False)
     graph = tracer.trace(skeleton)
-    return Recording(graph, skeleton, _structure(graph), tracer.leaves)
+    root = _structure(graph)
+    inputs = iter([node for node in graph.nodes if node.op == "placeholder"])
+    root.args = tuple(next(inputs) if has_tensor(value) else value for value in args)
+    root.kwargs = {name: next(inputs) if has_tensor(value) else value for name, value in kwargs.items()}
+    return Recording(graph, skeleton, root, tracer.leaves)
 
 
 def _enter(*_: Any) -> None:

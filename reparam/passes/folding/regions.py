@@ -153,6 +153,17 @@ class Regions:
 
         return self._region(op.node, source, covered, build, lambda: build(self.shapes, True))
 
+    def between(self, region: Region) -> set[fx.Node]:
+        """Return the operators of a region, and those without effect between them."""
+        found = set(region.covered)
+        for node in region.covered:
+            for value in self.ops[node].inputs:
+                if self.value(value) in region.covered:
+                    while value not in found:
+                        found.add(value)
+                        value = self.ops[value].inputs[0]
+        return found
+
     def _closed(self, sink: fx.Node, covered: frozenset[fx.Node]) -> bool:
         """Whether nothing outside uses what lies inside."""
         shape = value_of(sink).shape

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from reparam.ops.kernels import Kernel
+from reparam.passes.folding.branching import branching_calls
 from reparam.passes.folding.edits import Analysis, Edit
 from reparam.passes.folding.record import Call, Recording, call_of, common_call
 from reparam.passes.folding.values import is_query
+from reparam.passes.modes import require
 
 
 class Scopes:
@@ -28,6 +29,8 @@ class Scopes:
         for call in recording.root.calls():
             self.calls.setdefault(call.path, []).append(call)
         self.inlined: set[Call] = set()
+        # Calls that branch -> whose code their guards go to.
+        self.guarded = {call: call for call in branching_calls(recording, analysis)}
         self.readers = list(self._readers())
 
     def settle(self) -> None:
@@ -40,10 +43,30 @@ class Scopes:
         for edit in self.analysis.edits:
             if edit.scope.path == path and edit.scope.parent is not None:
                 edit.scope = edit.scope.parent
+        for call, scope in self.guarded.items():
+            if scope.path == path and scope.parent is not None:
+                self.guarded[call] = scope.parent
+
+    def all(self) -> list[Call]:
+        """Return the calls whose code changes."""
+        return list(dict.fromkeys([*(edit.scope for edit in self.analysis.edits), *self.guarded.values()]))
+
+    def to_root(self) -> None:
+        """Move everything to the network's own code."""
+        for edit in self.analysis.edits:
+            edit.scope = self.recording.root
+        self.guarded = dict.fromkeys(self.guarded, self.recording.root)
 
     def _lift_inner(self) -> bool:
         """An edit in a call whose code becomes part of another's belongs there."""
         self.inlined = {call for edit in self.analysis.edits for call in self._between(edit)}
+        for call, scope in self.guarded.items():
+            self.inlined |= set(_outward(call, scope))
+        for call, scope in self.guarded.items():
+            if scope in self.inlined:
+                assert scope.parent is not None
+                self.guarded[call] = scope.parent
+                return True
         inner = [edit for edit in self.analysis.edits if edit.scope in self.inlined]
         for edit in inner:
             assert edit.scope.parent is not None
@@ -61,7 +84,7 @@ class Scopes:
         return node in self.analysis.live and node.op != "get_attr" and not is_query(node)
 
     def _lift_unequal(self) -> bool:
-        by_call: dict[Call, list[Edit]] = {}
+        by_call: dict[Call, list[Edit]] = {call: [] for call in self.guarded.values()}
         for edit in self.analysis.edits:
             by_call.setdefault(edit.scope, []).append(edit)
         for path in {call.path for call in by_call}:
@@ -105,18 +128,23 @@ class Scopes:
 
 
 def _up_to(node: fx.Node, scope: Call) -> Iterator[Call]:
-    for call in call_of(node).outward():
+    return _outward(call_of(node), scope)
+
+
+def _outward(first: Call, scope: Call) -> Iterator[Call]:
+    for call in first.outward():
         if call is scope:
             return
         yield call
 
 
-def _signature(call: Call, edits: dict[Call, list[Edit]]) -> tuple[list[Any], list[tuple[int, Kernel | None]]]:
+def _signature(call: Call, edits: dict[Call, list[Edit]]) -> tuple[Any, list[tuple[int, Edit]]]:
     """Return what a call runs, and what changes in it."""
     nodes = [n for n in call.nodes() if n.op != "get_attr"]
     order = {node: k for k, node in enumerate(nodes)}
-    changed = [(order[edit.node], edit.kernel) for edit in edits.get(call, [])]
-    return [n.target for n in nodes], sorted(changed, key=lambda pair: pair[0])
+    changed = [(order[edit.node], edit) for edit in edits.get(call, [])]
+    guards = [n.args[1:] for n in nodes if n.target is require]
+    return ([n.target for n in nodes], guards), sorted(changed, key=lambda pair: pair[0])
 
 
 def _equal(a: Any, b: Any) -> bool:
@@ -125,9 +153,11 @@ def _equal(a: Any, b: Any) -> bool:
     return all(_same(x, y) for (_, x), (_, y) in zip(a[1], b[1], strict=True))
 
 
-def _same(a: Kernel | None, b: Kernel | None) -> bool:
-    if a is None or b is None:
-        return a is b
+def _same(first: Edit, second: Edit) -> bool:
+    """Whether two edits are the same whatever the weights are: structure must not depend on values."""
+    if first.probe is None or second.probe is None:
+        return first.probe is second.probe
+    a, b = first.probe(), second.probe()
     names = ("stride", "padding", "dilation", "output_padding", "groups", "transposed")
     tensors = ((a.weight, b.weight), (a.bias, b.bias))
     if any(getattr(a, name) != getattr(b, name) for name in names) or (a.bias is None) != (b.bias is None):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
+from collections import Counter
 from collections.abc import Iterator
 
 import torch
@@ -33,16 +34,19 @@ class Surgery:
         self.model, self.recording, self.analysis = model, recording, analysis
         self.scopes = Scopes(recording, analysis)
         if at_root:
-            for edit in analysis.edits:
-                edit.scope = recording.root
+            self.scopes.to_root()
         self.called = {call.path for call in recording.root.calls()}
         self.trainable = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
         self.originals = dict(model.named_modules(remove_duplicate=False))
         self.tensors = dict(named_tensors(model))
+        self.copies: dict[str, int] = {}
 
     def run(self) -> nn.Module:
         """Return the folded model."""
         codes = self._codes()
+        made = Counter(_module_of(edit) for _, code in codes.values() for edit in code.layers.values())
+        made.update(path for path in self._still_called(codes) if path in made)
+        self.copies = {path: count for path, count in made.items() if path and count > 1}
         for path in sorted(codes, key=lambda p: -len(p.split(".")) if p else 1):
             scope, code = codes[path]
             module = self._made(scope, code)
@@ -50,6 +54,16 @@ class Surgery:
                 return module
             replace_module(self.model, self.originals[path], module)
         return self.model
+
+    @staticmethod
+    def _still_called(codes: dict[str, tuple[Call, Code]]) -> set[str]:
+        """Return the paths of modules that new code calls as they were."""
+        return {
+            code.foreign.get(name, f"{path}.{name}".strip("."))
+            for path, (_, code) in codes.items()
+            for name in (str(n.target) for n in code.steps if n.op == "call_module")
+            if name not in code.layers
+        }
 
     def _codes(self) -> dict[str, tuple[Call, Code]]:
         """Write the code of every module that changes; what is missing in one is done in the code that calls it."""
@@ -60,7 +74,7 @@ class Surgery:
             self.scopes.settle()
             found: dict[str, tuple[Call, Code]] = {}
             by_node = {edit.node: edit for edit in self.analysis.edits}
-            for scope in dict.fromkeys(edit.scope for edit in self.analysis.edits):
+            for scope in self.scopes.all():
                 if scope.path in found:
                     continue
                 module = self.recording.skeleton.get_submodule(scope.path)
@@ -98,8 +112,7 @@ class Surgery:
 
     def _trains(self, edit: Edit) -> bool:
         """Whether the layer that an operator stands for was trainable."""
-        assert edit.main is not None
-        path = str(edit.main.meta.get("module") or "")
+        path = _module_of(edit)
         own = [train for name, train in self.trainable.items() if name.startswith(f"{path}." if path else "")]
         return any(own) if own else True
 
@@ -174,6 +187,12 @@ class Surgery:
                     vars(shell)[kind][key] = tensor
                     if key in module._non_persistent_buffers_set:
                         shell._non_persistent_buffers_set.add(key)
+
+
+def _module_of(edit: Edit) -> str:
+    """Return the path of the layer that an operator stands for."""
+    assert edit.main is not None
+    return str(edit.main.meta.get("module") or "")
 
 
 def replace_module(root: nn.Module, old: nn.Module, new: nn.Module) -> None:
