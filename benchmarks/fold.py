@@ -2,7 +2,7 @@
 
     python benchmarks/fold.py
 
-Writes benchmarks/results/fold.json. Norm statistics and affine parameters are drawn, so that no fold is trivial. Errors
+Writes benchmarks/results/fold.json (with the batch in its name, if that is not 1). Norm statistics and affine parameters are drawn, so that no fold is trivial. Errors
 are relative to the largest output of the network in float64. Times are ratios of medians, runs interleaved.
 """
 
@@ -49,14 +49,16 @@ def main() -> None:
     for name in arguments.models:
         rows[name] = measure(name, device, arguments.batch, arguments.runs)
         print(name, rows[name], flush=True)
-    options = f"--runs {arguments.runs} --batch {arguments.batch} --device {device.type}"
+    named = "" if arguments.models == MODELS else f"{' '.join(arguments.models)} "
+    options = f"{named}--runs {arguments.runs} --batch {arguments.batch} --device {device.type}"
     result = {
         **record.provenance(f"python benchmarks/fold.py {options}", device),
         "threads": torch.get_num_threads(),
         "batch": arguments.batch,
         "models": rows,
     }
-    print(record.write("fold.json" if device.type == "cpu" else "fold-cuda.json", result, arguments.folder))
+    name = f"fold{'' if arguments.batch == 1 else f'-batch{arguments.batch}'}"
+    print(record.write(f"{name}{'' if device.type == 'cpu' else '-cuda'}.json", result, arguments.folder))
 
 
 def measure(name: str, device: torch.device, batch: int, runs: int) -> dict[str, Any]:
