@@ -2,8 +2,9 @@
 
     python benchmarks/fold.py
 
-Writes benchmarks/results/fold.json (with the batch in its name, if that is not 1). Norm statistics and affine parameters are drawn, so that no fold is trivial. Errors
-are relative to the largest output of the network in float64. Times are ratios of medians, runs interleaved.
+Writes benchmarks/results/fold.json, or fold-batchN.json. Norm statistics and affine parameters are drawn, so that no
+fold is trivial. Errors are relative to the largest output of the network in float64. Times are ratios of medians, runs
+interleaved.
 """
 
 from __future__ import annotations
