@@ -100,7 +100,6 @@ def add_branches(
         plan,
         branches=tuple(chosen),
         unbranched=reasons,
-        parameters=plan.parameters,
         wide_parameters=plan.wide_parameters + sum(b.wide_parameters for b in chosen),
     )
 
