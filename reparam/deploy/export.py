@@ -21,7 +21,7 @@ from reparam.passes.example import Inputs, batch_of, example_for, normalise
 from reparam.passes.skeleton import named_tensors, rebuild, skeleton_of
 from reparam.passes.teacher import Teacher
 from reparam.passes.torch_modules import without_fast_paths
-from reparam.passes.validate import check_model
+from reparam.passes.validate import check_eval, check_model
 from reparam.passes.view import StudentView
 
 
@@ -146,13 +146,7 @@ def _check(model: Any) -> None:
     empty = next((path for path, tensor in named_tensors(model) if tensor.device.type == "meta"), None)
     if empty is not None:
         raise ModelError(f"{empty} is on the meta device and has no values; load weights first")
-    for path, module in model.named_modules():
-        if module.training:
-            where = f"{path} ({type(module).__name__})" if path else f"the model ({type(model).__name__})"
-            raise ModelError(
-                f"{where} is in train mode, and the file would keep its dropout and batch statistics; "
-                "call model.eval() first"
-            )
+    check_eval(model, ", and the file would keep its dropout and batch statistics")
 
 
 def _prepared(model: nn.Module, example: Any, name: str) -> tuple[nn.Module, Inputs]:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from reparam.errors import CaptureError, ModelError
+from reparam.errors import CaptureError
 from reparam.passes.example import Inputs, example_for
 from reparam.passes.folding.edits import analyse
 from reparam.passes.folding.record import record_calls
@@ -16,7 +16,7 @@ from reparam.passes.folding.report import FoldReport, report_of
 from reparam.passes.folding.surgery import Surgery, put_module
 from reparam.passes.meta import run_module_on_meta
 from reparam.passes.skeleton import rebuild, skeleton_of
-from reparam.passes.validate import check_model
+from reparam.passes.validate import check_eval, check_model
 from reparam.passes.watch import watch
 
 
@@ -69,7 +69,7 @@ def fold_with_report(
         InputError, ModelError, CaptureError: see :func:`fold`.
     """
     check_model(model)
-    _check_mode(model)
+    check_eval(model, ", where norms use the statistics of the batch and nothing can be folded")
     skeleton = skeleton_of(model)
     result, report = _folded(model, skeleton, example_for(model, skeleton, example_input), allow_growth)
     return result, replace(report, parameters=(_numbers(model), _numbers(result)))
@@ -159,16 +159,6 @@ def _kind(call: Inputs) -> str:
     """Return what a graph depends on: structure, ranks and constants of a call."""
     leaves, structure = pytree.tree_flatten(call)
     return str([structure, [(v.dim(), v.dtype) if isinstance(v, Tensor) else v for v in leaves]])
-
-
-def _check_mode(model: nn.Module) -> None:
-    for path, module in model.named_modules():
-        if module.training:
-            where = f"{path} ({type(module).__name__})" if path else f"the model ({type(model).__name__})"
-            raise ModelError(
-                f"{where} is in train mode, where norms use the statistics of the batch and nothing can be folded; "
-                "call model.eval() first"
-            )
 
 
 def _untraceable(model: nn.Module, error: Exception) -> CaptureError:

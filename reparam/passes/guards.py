@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, fx
@@ -45,8 +46,13 @@ def broken_guards(capture: Capture, inputs: Inputs) -> set[str]:
 
 def _behind(guards: list[fx.Node]) -> set[fx.Node]:
     """Everything that the guards are computed from."""
+    return with_inputs(n for guard in guards for n in guard.all_input_nodes)
+
+
+def with_inputs(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """Return nodes and everything that they are computed from."""
     found: set[fx.Node] = set()
-    stack = [n for guard in guards for n in guard.all_input_nodes]
+    stack = list(nodes)
     while stack:
         node = stack.pop()
         if node not in found:

@@ -65,6 +65,22 @@ def check_model(model: Any, values: bool = True) -> None:
     _check_tensors(model, type(model).__name__, values)
 
 
+def check_eval(model: nn.Module, reason: str) -> None:
+    """Refuse a model with a module in train mode.
+
+    Args:
+        model: what the user gave.
+        reason: why that matters; goes on after "is in train mode".
+
+    Raises:
+        ModelError: it has one.
+    """
+    for path, module in model.named_modules():
+        if module.training:
+            where = f"{path} ({type(module).__name__})" if path else f"the model ({type(model).__name__})"
+            raise ModelError(f"{where} is in train mode{reason}; call model.eval() first")
+
+
 def _check_module(path: str, module: nn.Module) -> None:
     """Refuse a wrapper, a teacher, a scripted or a quantized module, at the root (path "") or inside."""
     name = type(module).__name__

@@ -7,17 +7,12 @@ from __future__ import annotations
 
 from reparam.errors import InputError
 from reparam.ops.expressions import Expression, Sum
+from reparam.ops.recipes.conditions import odd_kernel
 from reparam.ops.recipes.registry import recipe
 from reparam.ops.recipes.site import Site
 
 
-def _fits(site: Site) -> str:
-    if not site.dims or "transpose" in site.operator:
-        return f"a {site.operator}; the recipe is for convolutions"
-    return "an even kernel" if any(k % 2 == 0 for k in site.size) else ""
-
-
-@recipe("mobileone", fits=_fits)
+@recipe("mobileone", fits=odd_kernel)
 def mobileone(site: Site, *, branches: int = 4) -> Expression:
     """Return ``branches`` kernels of the full size (the operator's own is one of them), 1x1 and identity."""
     if branches < 1:

@@ -14,6 +14,7 @@ from reparam.ops import algebra, kernels
 from reparam.passes.folding.constants import Constants
 from reparam.passes.folding.ops import Affine, Op, Vector, value_of
 from reparam.passes.folding.values import follow, users_of
+from reparam.passes.state import operator_name
 
 Action = Callable[[], None]
 
@@ -261,6 +262,6 @@ def describe(node: fx.Node) -> str:
         return "the end of the network"
     if node.op == "placeholder":
         return "the input"
-    name = str(getattr(node.target, "__name__", node.target))
+    name = operator_name(node)
     path = node.meta.get("module") or ""
     return f"{name} in {path}" if path else name

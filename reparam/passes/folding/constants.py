@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from reparam.passes.functionalize import is_inplace
+from reparam.passes.state import operator_name
 from reparam.passes.values import plain
 from reparam.passes.world import in_double
 
@@ -106,7 +107,7 @@ def is_computed(weight: fx.Node) -> bool:
         if node.op == "get_attr":
             values += node.meta["val"].numel()
             continue
-        computed |= str(getattr(node.target, "__name__", node.target)) not in _PLACED
+        computed |= operator_name(node) not in _PLACED
         todo += [n for n in node.all_input_nodes if n not in seen]
         seen.update(node.all_input_nodes)
     return computed and weight.meta["val"].numel() <= values

@@ -9,6 +9,7 @@ from typing import Any
 from torch import fx, nn
 
 from reparam.passes.functionalize import is_inplace
+from reparam.passes.guards import with_inputs
 from reparam.passes.meta import has_tensor
 from reparam.passes.modes import require
 from reparam.passes.proxies import source_line
@@ -177,11 +178,6 @@ def _structure(graph: fx.Graph) -> Call:
 
 def needed(graph: fx.Graph) -> set[fx.Node]:
     """Return the nodes that the output depends on, or that stop the network or change a value in place."""
-    todo = [n for n in graph.nodes if n.op == "output" or n.target is require or (is_inplace(n) and not n.users)]
-    found: set[fx.Node] = set()
-    while todo:
-        node = todo.pop()
-        if node not in found:
-            found.add(node)
-            todo += node.all_input_nodes
-    return found
+    return with_inputs(
+        n for n in graph.nodes if n.op == "output" or n.target is require or (is_inplace(n) and not n.users)
+    )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from reparam.passes.folding.ops import value_of
+from reparam.passes.state import operator_name
 from reparam.passes.values import plain
 
 _QUERIES = {"size", "dim", "numel", "ndimension", "stride", "is_contiguous", "element_size"}
@@ -27,7 +28,7 @@ def asks_size(user: fx.Node, node: fx.Node) -> bool:
     """Whether a user only needs the size or type of a value."""
     if is_query(user):
         return True
-    name = str(getattr(user.target, "__name__", user.target))
+    name = operator_name(user)
     first = user.args[0] if user.args else None
     return name in _LIKE and (name in _NEW or (first is not node and node in user.args[1:]))
 
