@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import record
 from reparam.distill import files
 from reparam.distill.command import add_arguments, config_from
 from reparam.distill.compare import compare
-from reparam.distill.trainer import resolve_device
+from reparam.distill.distributed import resolve_device
 
 
 def main() -> int:
@@ -35,17 +36,16 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         config = dataclasses.replace(config, output=config.output or str(Path(folder, "runs")))
         content = compare(config, arguments.seeds or (0, 1, 2))
-    origin = record.provenance(_command(kind), resolve_device(config.device))
+    origin = record.provenance(command(kind, "compare_training.py"), resolve_device(config.device))
     target = arguments.result or record.RESULTS / name
     files.write_json(target, {**_without_paths(content, kind), **origin})
     print(f"result: {target}")
     return 0
 
 
-def _command(kind: str) -> str:
-    """The command without the measuring machine's paths."""
-    words = ["python", "benchmarks/compare_training.py", *sys.argv[1:]]
-    hidden = {"--output", "--result"}
+def command(kind: str, script: str, hidden: Sequence[str] = ("--output", "--result")) -> str:
+    """The command that runs, without the measuring machine's paths."""
+    words = ["python", f"benchmarks/{script}", *sys.argv[1:]]
     return " ".join(
         "PATH" if index and words[index - 1] in hidden else _only_kind(word, kind) for index, word in enumerate(words)
     )

@@ -1,4 +1,4 @@
-"""The command line: ``reparam plan | expand | extract | check | fold | export | train | coverage``.
+"""The command line: ``reparam plan | expand | extract | check | fold | export | train | evaluate | coverage``.
 
 Each command is a thin shell around one public function. Errors that reparam raises itself are printed as
 ``error: ...`` with exit code 2; a check that fails exits with 1. torch and timm are imported by the command that
@@ -27,7 +27,7 @@ from reparam.arguments import (
     require_folder,
 )
 from reparam.deploy import command as deploy
-from reparam.errors import FormatError, InputError, ReparamError
+from reparam.errors import FormatError, InputError, ReparamError, StoppedError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -61,6 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output has gone (`reparam plan ... | head`); keep the shutdown from complaining again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except StoppedError as error:
+        print(error, file=sys.stderr)
+        return 143
     except (ReparamError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -90,9 +93,27 @@ def build_parser(*, train_options: bool = True) -> argparse.ArgumentParser:
         command = importlib.import_module("reparam.distill.command")
         command.add_arguments(train)
         train.set_defaults(run=command.run)
+    _add_evaluate(commands.add_parser("evaluate", help="measure the networks of a training run again, with parity"))
     coverage = commands.add_parser("coverage", help="plan, expand, verify and extract a list of models, and report")
     importlib.import_module("reparam.coverage.command").add_arguments(coverage)
     return parser
+
+
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    def run(options: argparse.Namespace) -> int:
+        code: int = importlib.import_module("reparam.distill.evaluation").run(options)
+        return code
+
+    parser.description = (
+        "Measure the networks of a run again, from its files: the student as trained, extracted and folded, the "
+        "dynamic teacher, with raw and with averaged weights, in one table with parity."
+    )
+    parser.add_argument("folder", metavar="RUN", help="output folder of reparam train")
+    parser.add_argument("--data", metavar="SPEC", help="test data (default: that of the run)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="images at a time (default: that of the run)")
+    parser.add_argument("--json", metavar="FILE", help="write the table as JSON as well")
+    parser.set_defaults(run=run)
 
 
 class _Version(argparse.Action):

@@ -45,6 +45,10 @@ class TrainingError(ReparamError, RuntimeError):
     """Training cannot go on; the message names epoch and step."""
 
 
+class StoppedError(TrainingError):
+    """Training was asked to stop (SIGTERM) and has saved its state."""
+
+
 def near_matches(word: str, candidates: Iterable[str], count: int = 5) -> str:
     """Return ``"; did you mean 'a', 'b'?"`` for the candidates that look like ``word``, or an empty string."""
     names = list(dict.fromkeys(candidates))

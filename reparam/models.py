@@ -52,6 +52,7 @@ def load_model(
     checkpoint: str | os.PathLike[str] | None = None,
     pretrained: bool = False,
     ema: bool = False,
+    drop_path: float | None = None,
 ) -> nn.Module:
     """Build the model that ``spec`` names and load its weights.
 
@@ -63,6 +64,7 @@ def load_model(
         checkpoint: weights to load, see `load_weights`.
         pretrained: ask timm or the callable for its pretrained weights (this may download).
         ema: read the averaged weights of the checkpoint.
+        drop_path: drop path rate, handed on as ``drop_path_rate``; ``None`` leaves its default.
 
     Raises:
         InputError: no such model, file, module or callable (near matches are listed), or it does not take one of
@@ -80,7 +82,8 @@ def load_model(
         raise InputError("pretrained and a checkpoint were both given; choose the one whose weights you want")
     if ema and checkpoint is None:
         raise InputError("ema chooses the averaged weights of a checkpoint, and no checkpoint was given")
-    wishes = {"num_classes": num_classes, "in_chans": in_chans, "pretrained": pretrained or None}
+    wishes: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_chans, "pretrained": pretrained or None}
+    wishes["drop_path_rate"] = drop_path
     options = {name: value for name, value in wishes.items() if value is not None}
     if ":" in spec and not spec.startswith(_TIMM_SCHEMES):
         model = _from_callable(spec, options)

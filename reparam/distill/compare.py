@@ -16,10 +16,12 @@ from typing import Any
 from reparam.distill import files
 from reparam.distill.config import TrainConfig
 from reparam.distill.data import load_source
+from reparam.distill.figures import draw_curves
 from reparam.distill.files import open_run_folder
 from reparam.distill.report import table
-from reparam.distill.trainer import train, versions
+from reparam.distill.trainer import train
 from reparam.errors import InputError
+from reparam.provenance import LIBRARIES, versions
 
 COMPARISON = "comparison.json"
 
@@ -33,13 +35,15 @@ class Arm:
 
 
 def arms(config: TrainConfig) -> list[Arm]:
-    """Return GPD at ``lr`` and the baselines at ``lr`` and ``ratio^2 lr``; with AdamW also at ``ratio lr``."""
+    """Return the method at ``lr`` and the baselines at ``lr`` and ``ratio^2 lr``; with AdamW also at ``ratio lr``."""
     config = config.resolved()
     factors = [1, config.ratio**2] if config.optimizer == "sgd" else [1, config.ratio, config.ratio**2]
     base_lr = config.lr or 0.0
-    found = [Arm(f"gpd lr {base_lr:g}", dataclasses.replace(config, baseline=False))]
+    found = [Arm(f"{config.method} lr {base_lr:g}", config)]
     for factor in dict.fromkeys(factors):
-        plain = dataclasses.replace(config, baseline=True, lr=base_lr * factor)
+        plain = dataclasses.replace(
+            config, method="baseline", teacher=None, teacher_checkpoint=None, standardise=False, lr=base_lr * factor
+        )
         found.append(Arm(f"baseline lr {base_lr * factor:g}", plain))
     return found
 
@@ -56,9 +60,11 @@ def compare(config: TrainConfig, seeds: Sequence[int], command: Sequence[str] = 
         The content of comparison.json.
     """
     if config.baseline:
-        raise InputError("--compare runs the baselines itself; leave out --baseline")
+        raise InputError("--compare runs the baselines itself; --method names what to compare with them")
     if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
         raise InputError(f"--seeds needs different numbers that are not negative, got {list(seeds)}")
+    if config.resume is not None:
+        raise InputError("--compare starts all its runs; leave out --resume")
     folder = open_run_folder(config).path
     source = load_source(config.data, config.limit_train)
     if not config.quiet:
@@ -66,17 +72,27 @@ def compare(config: TrainConfig, seeds: Sequence[int], command: Sequence[str] = 
     results: dict[str, dict[int, dict[str, Any]]] = {arm.name: {} for arm in arms(config)}
     for seed in seeds:
         for arm in arms(config):
-            output = folder / f"{arm.name.replace(' ', '-')}-seed{seed}"
-            run = dataclasses.replace(arm.config, seed=seed, output=str(output), quiet=True)
+            output = str(run_folder(folder, arm, seed))
+            run = dataclasses.replace(arm.config, seed=seed, output=output, quiet=True)
             summary = train(run, source=source, command=command)
             results[arm.name][seed] = summary
             files.write_json(folder / COMPARISON, _content(config, results, command))
             if not config.quiet:
                 print(f"seed {seed}  {arm.name}: {_line(summary)}", flush=True)
     content = _content(config, results, command)
+    draw_curves(_curves(folder, arms(config), seeds[0]), folder / files.CURVES)
     if not config.quiet:
         print(describe(content, folder))
     return content
+
+
+def _curves(folder: Path, compared: Sequence[Arm], seed: int) -> dict[str, list[dict[str, Any]]]:
+    return {arm.name: files.read_metrics(run_folder(folder, arm, seed)) for arm in compared}
+
+
+def run_folder(folder: Path, arm: Arm, seed: int) -> Path:
+    """The folder of one run of a comparison."""
+    return folder / f"{arm.name.replace(' ', '-')}-seed{seed}"
 
 
 def opening(config: TrainConfig, seeds: Sequence[int]) -> str:
@@ -102,7 +118,7 @@ def _content(
         "verdict": _verdict(measured),
         "config": dataclasses.asdict(config.resolved()),
         "command": list(command),
-        "versions": versions(),
+        "versions": versions(LIBRARIES),
     }
 
 

@@ -1,12 +1,13 @@
-"""The settings of a training run: one frozen dataclass, from which the command line is made as well."""
+"""The settings of a training run: one frozen dataclass, from which command line and recipes are made as well."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from reparam.errors import InputError
+from reparam.distill.ranges import check_ranges
 
 DEFAULT_MODEL = "cifar_resnet8_w8"
 _OPTION = "option"
@@ -14,24 +15,47 @@ _OPTION = "option"
 
 @dataclass(frozen=True)
 class Option:
-    """How a setting appears on the command line: its group, its help text, its parser and its allowed values."""
+    """How a setting appears on the command line: its group, its help text, its parser and its allowed values.
+
+    Attributes:
+        group: key of the group in ``--help``.
+        help: one line.
+        type: parser of the text; ``bool`` makes a switch.
+        choices: allowed values, or None.
+        metavar: what stands for the value, or None for a default by type.
+        rare: left out of ``--help``, shown by ``--help-all``.
+    """
 
     group: str
     help: str
-    type: type = str
+    type: Callable[[str], Any] = str
     choices: tuple[str, ...] | None = None
     metavar: str | None = None
+    rare: bool = False
 
 
-def _option(default: Any, group: str, help: str, kind: type = str, **extra: Any) -> Any:
+def numbers(text: str) -> tuple[int, ...]:
+    """Read ``"30,60,90"`` as numbers."""
+    return tuple(int(part) for part in text.split(","))
+
+
+def _option(default: Any, group: str, help: str, kind: Callable[[str], Any] = str, **extra: Any) -> Any:
     return dataclasses.field(default=default, metadata={_OPTION: Option(group, help, kind, **extra)})
+
+
+def _rare(default: Any, group: str, help: str, kind: Callable[[str], Any] = str, **extra: Any) -> Any:
+    return _option(default, group, help, kind, rare=True, **extra)
 
 
 _DATA_HELP = (
     "digits | fashion-mnist:DIR | cifar10:DIR | cifar100:DIR | folder:DIR (train/ and val/ or test/, one folder per "
     "class) | npz:FILE (x_train, y_train, x_test, y_test; uint8 images [N, H, W, C])"
 )
-_MODEL_HELP = "student network: a timm name, path/to/file.py:callable, or package.module:callable"
+_MODEL_HELP = "a timm name, path/to/file.py:callable, or package.module:callable"
+_METHOD_HELP = (
+    "baseline (the student alone) | gpd | a loss against --teacher: kd, dkd, lskd, dist, rkd, at, fitnet, crd, "
+    "reviewkd | both: gpd+dkd, ..."
+)
 
 
 @dataclass(frozen=True)
@@ -42,131 +66,191 @@ class TrainConfig:
     limit_train: int | None = _option(
         None, "data", "train on N images only, class balanced, the same ones for every seed (default: all)", int
     )
-    image_size: int | None = _option(
+    image_size: int | None = _rare(
         None, "data", "resize images to N x N (default: as stored; for folders what the model asks for)", int
     )
-    shift: int | None = _option(
-        None, "data", "shift training images at random by up to N pixels (default: by data set; folders: crops)", int
+    workers: int = _option(0, "data", "processes that decode images of folder data, per process of training", int)
+    auto_augment: str | None = _option(
+        None, "data", "timm's policy for folder data, such as rand-m9-mstd0.5-inc1", metavar="POLICY"
     )
-    flip: bool | None = _option(None, "data", "mirror training images at random (default: by data set)", bool)
-    workers: int = _option(0, "data", "processes that decode images of folder data", int)
+    mixup: float = _option(0.0, "data", "alpha of mixup; 0: off", float)
+    cutmix: float = _option(0.0, "data", "alpha of cutmix; 0: off", float)
+    mix_prob: float = _rare(1.0, "data", "share of the batches that are mixed", float)
+    mix_switch_prob: float = _rare(0.5, "data", "share of cutmix where both are on", float)
+    shift: int | None = _rare(
+        None, "data", "resident data: shift at random by up to N pixels (default: by data set)", int
+    )
+    flip: bool | None = _rare(None, "data", "mirror training images at random (default: by data set)", bool)
+    crop_scale: float = _rare(0.08, "data", "folder data: smallest area of a random crop, as a share", float)
+    color_jitter: float = _rare(0.0, "data", "folder data: strength of colour jitter", float)
+    erase: float = _rare(0.0, "data", "share of images of which a random part is erased", float)
+    interpolation: str = _rare("bilinear", "data", "folder data: resizing", choices=("bilinear", "bicubic", "random"))
+    repeats: int = _rare(1, "data", "folder data: repeated augmentation, copies of an image per epoch", int)
+    max_bad_images: int = _rare(0, "data", "folder data: unreadable images to name and skip before giving up", int)
 
-    model: str = _option(DEFAULT_MODEL, "model", _MODEL_HELP, metavar="SPEC")
-    checkpoint: str | None = _option(None, "model", "start from these weights (default: from scratch)", metavar="FILE")
+    model: str = _option(DEFAULT_MODEL, "model", f"student network: {_MODEL_HELP}", metavar="SPEC")
+    checkpoint: str | None = _option(
+        None, "model", "fine-tune: start from these weights (default: from scratch)", metavar="FILE"
+    )
+    pretrained: bool = _option(False, "model", "fine-tune: start from timm's weights for --model", bool)
+    drop_path: float | None = _rare(None, "model", "drop path rate of the student (default: the model's)", float)
 
-    baseline: bool = _option(False, "method", "train the plain student alone, with the identical recipe", bool)
-    ratio: int = _option(2, "method", "channel expansion of the teacher, one for all layers", int)
-    noise: float = _option(0.25, "method", "size of the noise that breaks the teacher's symmetry", float)
+    teacher: str | None = _option(
+        None, "teacher", f"static teacher: {_MODEL_HELP}; in eval mode, without gradient", metavar="SPEC"
+    )
+    teacher_checkpoint: str | None = _option(
+        None, "teacher", "its weights, or the output folder of a run (default: timm's weights)", metavar="PATH"
+    )
+
+    method: str = _option("gpd", "method", _METHOD_HELP, metavar="NAME")
+    ratio: int = _option(2, "method", "gpd: channel expansion of the dynamic teacher, one for all layers", int)
     branches: str | None = _option(
         None, "method", "branches beside the layers: orepa, acb, dbb, repvgg, mobileone, expandnet", metavar="RECIPE"
     )
-    branch_init: str | None = _option(
+    kd_weight: float = _option(3.0, "method", "gpd: weight of the soft loss from dynamic teacher to student", float)
+    distill_weight: float | None = _option(
+        None, "method", "weight of the loss against the static teacher (default: by method)", float
+    )
+    temperature: float | None = _option(None, "method", "softmax temperature of that loss (default: by method)", float)
+    noise: float = _rare(0.25, "method", "gpd: size of the noise that breaks the teacher's symmetry", float)
+    branch_init: str | None = _rare(
         None,
         "method",
-        "how branches start: scratch has the recipe's own scales, student has 0 (default: student with --checkpoint)",
+        "how branches start: scratch has the recipe's own scales, student has 0 (default: student with weights)",
         choices=("student", "scratch"),
     )
-    kd_weight: float = _option(3.0, "method", "weight of the soft loss from teacher to student", float)
-    kd_smoothing: float = _option(0.1, "method", "share of the uniform distribution in the soft target", float)
+    kd_loss: str = _rare("sce", "method", "gpd: soft loss", choices=("ce", "sce", "kl", "mse", "l1"))
+    kd_smoothing: float = _rare(0.1, "method", "gpd: share of the uniform distribution in the target of sce", float)
+    kd_start_epoch: int = _rare(1, "method", "gpd: first epoch with the soft loss; 1 is the first of all", int)
+    teacher_distill: bool = _rare(
+        True, "method", "gpd: the dynamic teacher learns from the static teacher as well", bool
+    )
+    ce_weight: float | None = _rare(None, "method", "weight of the cross entropy (default: by method)", float)
+    alpha: float | None = _rare(None, "method", "dkd: weight of the target class (default: 1)", float)
+    beta: float | None = _rare(None, "method", "dkd: weight of the other classes (default: 8)", float)
+    distill_warmup: int | None = _rare(
+        None, "method", "epochs over which distill_weight grows linearly (default: by method)", int
+    )
+    standardise: bool = _rare(False, "method", "kd, dkd: standardise the logits first (LSKD)", bool)
 
     epochs: int = _option(40, "recipe", "passes over the training images", int)
-    batch_size: int = _option(64, "recipe", "images per step", int)
+    batch_size: int = _option(64, "recipe", "images per optimizer step, over all processes", int)
     optimizer: str = _option("sgd", "recipe", "sgd has momentum 0.9", choices=("sgd", "adamw"))
     lr: float | None = _option(None, "recipe", "learning rate (default: 0.1 for sgd, 0.002 for adamw)", float)
     weight_decay: float | None = _option(
-        None,
-        "recipe",
-        "weight decay (default: 0.0005 on all parameters for sgd, 0.05 without biases and norms for adamw)",
-        float,
+        None, "recipe", "weight decay (default: 0.0005 for sgd, 0.05 for adamw)", float
     )
-    schedule: str = _option("cosine", "recipe", "learning rate over time", choices=("cosine", "step", "constant"))
-    decay_epochs: float | None = _option(
-        None, "recipe", "step schedule: epochs between decays (default: 30%% of all epochs)", float
+    schedule: str = _option(
+        "cosine", "recipe", "learning rate over time", choices=("cosine", "step", "multistep", "constant")
     )
-    decay_rate: float = _option(0.1, "recipe", "step schedule: factor of each decay", float)
     warmup_epochs: int = _option(1, "recipe", "epochs of linear warm-up", int)
     clip_grad: float = _option(5.0, "recipe", "largest L2 norm of the gradient; 0 switches clipping off", float)
-    label_smoothing: float = _option(0.0, "recipe", "label smoothing of both cross entropies", float)
+    label_smoothing: float = _option(0.0, "recipe", "label smoothing of the cross entropies", float)
+    ema: float = _option(0.0, "recipe", "decay per step of averaged weights, such as 0.99996; 0: off", float)
+    ema_warmup: bool = _rare(False, "recipe", "let the decay of the average grow from 0 (timm's warm-up)", bool)
+    nesterov: bool = _rare(False, "recipe", "sgd: Nesterov momentum", bool)
+    decay_norms: bool | None = _rare(
+        None, "recipe", "weight decay also on biases and norms (default: yes for sgd, no for adamw)", bool
+    )
+    lr_scale: str = _rare(
+        "none",
+        "recipe",
+        "gpd: student divides the lr of widened layers so that the student's effective step is that of plain training",
+        choices=("none", "student"),
+    )
+    decay_epochs: float | None = _rare(
+        None, "recipe", "step schedule: epochs between decays (default: 30%% of all epochs)", float
+    )
+    milestones: tuple[int, ...] | None = _rare(
+        None, "recipe", "multistep schedule: epochs after which it decays, such as 30,60,90", numbers, metavar="N,N,..."
+    )
+    decay_rate: float = _rare(0.1, "recipe", "step schedules: factor of each decay", float)
+    min_lr: float = _rare(0.0, "recipe", "cosine: learning rate at the end", float)
+    warmup_lr: float | None = _rare(
+        None, "recipe", "learning rate at the start of the warm-up (default: lr / 100)", float
+    )
+    cooldown_epochs: int = _rare(0, "recipe", "cosine: how many of the epochs at the end stay at min_lr", int)
+
+    precision: str = _option(
+        "fp32",
+        "compute",
+        "bf16 and fp16 are automatic mixed precision",
+        choices=("fp32", "tf32", "bf16", "fp16", "fp64"),
+    )
+    compile: bool = _option(False, "compute", "run the networks through torch.compile", bool)
+    accumulate: int = _rare(1, "compute", "parts of a step that run one after the other, to save memory", int)
+    channels_last: bool = _rare(False, "compute", "memory format of images and convolutions", bool)
+    sync_bn: bool = _rare(False, "compute", "several processes: norm statistics over the whole batch", bool)
 
     output: str | None = _option(
         None, "run", "folder for all files of the run (default: a new one under runs/)", metavar="DIR"
     )
+    resume: str | None = _option(
+        None, "run", "auto: go on in --output if it holds a run; or a checkpoint file", metavar="auto|FILE"
+    )
     seed: int = _option(0, "run", "seed of initialisation, data order and augmentation", int)
     device: str = _option("auto", "run", "auto, cpu, cuda, cuda:1, ...")
-    threads: int | None = _option(
-        None,
-        "run",
-        "CPU threads (default: 1 for images up to 16 x 16, where more get in the way, else all)",
-        int,
-    )
+    fast_dev_run: bool = _option(False, "run", "one epoch of two steps, to see whether everything fits", bool)
     quiet: bool = _option(False, "run", "print nothing but errors", bool)
+    limit_batches: int | None = _rare(None, "run", "end every epoch after N steps", int)
+    eval_epochs: int = _rare(1, "run", "measure the test accuracy every N epochs, and after the last", int)
+    threads: int | None = _rare(
+        None, "run", "CPU threads (default: 1 for images up to 16 x 16, where more get in the way, else all)", int
+    )
+    keep_best: int = _rare(1, "run", "checkpoints of the best epochs to keep, beside the last two", int)
+    save_steps: int | None = _rare(None, "run", "write a checkpoint every N steps as well (default: per epoch)", int)
+    on_nan: str = _rare(
+        "stop",
+        "run",
+        "NaN in a loss: stop, or roll back to the last checkpoint and go on with another data order",
+        choices=("stop", "rollback"),
+    )
+    tensorboard: bool = _rare(False, "run", "write TensorBoard events beside metrics.csv", bool)
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work."""
-        _check_ranges(self)
+        check_ranges(self, {name: option.choices for name, (option, _) in options().items() if option.choices})
 
     @property
-    def method(self) -> str:
-        """Name of the training method in ``reparam.distill.methods``."""
-        return "baseline" if self.baseline else "gpd"
+    def baseline(self) -> bool:
+        """Whether the run is the plain student alone."""
+        return self.method == "baseline"
+
+    @property
+    def gpd(self) -> bool:
+        """Whether the run has a dynamic teacher."""
+        return "gpd" in self.method.split("+")
+
+    @property
+    def distiller(self) -> str | None:
+        """Name of the loss against the static teacher, or None."""
+        names = [name for name in self.method.split("+") if name not in ("gpd", "baseline")]
+        return names[0] if names else None
 
     def resolved(self) -> TrainConfig:
-        """Return a copy with the defaults filled in that depend on the optimizer or on the number of epochs."""
+        """Return a copy with the defaults filled in that depend on other settings."""
         is_sgd = self.optimizer == "sgd"
+        lr = self.lr if self.lr is not None else (0.1 if is_sgd else 0.002)
+        short: dict[str, Any] = (
+            {"epochs": 1, "warmup_epochs": 0, "cooldown_epochs": 0, "limit_batches": 2} if self.fast_dev_run else {}
+        )
         return dataclasses.replace(
             self,
-            lr=self.lr if self.lr is not None else (0.1 if is_sgd else 0.002),
+            lr=lr,
             weight_decay=self.weight_decay if self.weight_decay is not None else (5e-4 if is_sgd else 0.05),
+            decay_norms=is_sgd if self.decay_norms is None else self.decay_norms,
             branch_init=self._branch_init(),
             decay_epochs=self.decay_epochs if self.decay_epochs is not None else max(1.0, 0.3 * self.epochs),
+            warmup_lr=self.warmup_lr if self.warmup_lr is not None else lr * 1e-2,
+            **short,
         )
 
     def _branch_init(self) -> str | None:
         if self.branches is None or self.branch_init is not None:
             return self.branch_init
-        return "scratch" if self.checkpoint is None else "student"
+        return "scratch" if self.checkpoint is None and not self.pretrained else "student"
 
 
 def options() -> dict[str, tuple[Option, Any]]:
     """Return the command line option and the default of every setting, in order of declaration."""
     return {field.name: (field.metadata[_OPTION], field.default) for field in dataclasses.fields(TrainConfig)}
-
-
-def _check_ranges(config: TrainConfig) -> None:
-    if isinstance(config.ratio, bool) or not isinstance(config.ratio, int):
-        raise InputError(
-            f"--ratio of a training run is one int for all layers, got {config.ratio!r}; reparam.expand and "
-            "reparam.plan take a mapping"
-        )
-    at_least = {"limit_train": 1, "image_size": 1, "shift": 0, "workers": 0, "threads": 1, "noise": 0, "kd_weight": 0}
-    at_least |= {
-        "ratio": 1,
-        "epochs": 1,
-        "batch_size": 2,
-        "weight_decay": 0,
-        "warmup_epochs": 0,
-        "clip_grad": 0,
-        "seed": 0,
-    }
-    for name, lowest in at_least.items():
-        value = getattr(config, name)
-        if value is not None and not value >= lowest:
-            raise InputError(f"{_flag(name)} must be at least {lowest}, got {value}")
-    for name in ("lr", "decay_epochs", "decay_rate"):
-        value = getattr(config, name)
-        if value is not None and not value > 0:
-            raise InputError(f"{_flag(name)} must be positive, got {value}")
-    for name in ("label_smoothing", "kd_smoothing"):
-        if not 0 <= getattr(config, name) < 1:
-            raise InputError(f"{_flag(name)} must lie in [0, 1), got {getattr(config, name)}")
-    for name, (option, _) in options().items():
-        if option.choices and getattr(config, name) not in (*option.choices, None):
-            raise InputError(f"{_flag(name)} must be one of {', '.join(option.choices)}, got {getattr(config, name)!r}")
-    if config.branch_init is not None and config.branches is None:
-        raise InputError("--branch-init says how branches start, and there are none; add --branches")
-    if config.warmup_epochs >= config.epochs and config.warmup_epochs > 1:
-        raise InputError(f"--warmup-epochs {config.warmup_epochs} leaves nothing of --epochs {config.epochs}")
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

@@ -65,6 +65,35 @@ class Folders:
 
 Source = Arrays | Folders
 
+
+@dataclass(frozen=True)
+class Facts:
+    """What a run reports about its data: counts, image shape ``(C, H, W)``, normalisation of images in [0, 1]."""
+
+    name: str
+    classes: int
+    train_images: int
+    test_images: int
+    image_shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    shift: int | None
+    flip: bool
+
+
+class UnreadableImage(DataError):
+    """An image file that cannot be decoded.
+
+    Args:
+        path: the file.
+        reason: what is wrong with it, in a word or two.
+    """
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(f"folder: {path} is not a readable image ({reason}); repair or remove it")
+        self.path, self.reason = path, reason
+
+
 _NPZ_NAMES = ("x_train", "y_train", "x_test", "y_test")
 
 
@@ -228,9 +257,9 @@ def _read_image(path: str) -> Any:
 
     try:
         return default_loader(path)
-    except (OSError, SyntaxError) as error:
-        reason = "truncated" if "truncated" in str(error) else type(error).__name__
-        raise DataError(f"folder: {path} is not a readable image ({reason}); repair or remove it") from error
+    except Exception as error:  # decoders of damaged files raise whatever they like: OSError, ValueError, struct.error
+        reason = "truncated" if "truncated" in str(error) else getattr(error, "strerror", None) or type(error).__name__
+        raise UnreadableImage(path, reason) from error
 
 
 def _check_classes(split: Path) -> None:

@@ -1,17 +1,24 @@
-"""Top-1 accuracy, and the parity of two models on real images."""
+"""Accuracy of the networks of a run on the test images, and how exactly they agree, in one pass."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from reparam.distill.distributed import Group
+
 PARITY_TOLERANCE = 1e-5
 """Largest relative error of the logits at which an extracted student counts as equal (float32)."""
 
-Batch = tuple[Tensor, Tensor]
+FOLDED_TOLERANCE = 1e-4
+"""The same for a folded one, whose arithmetic is another."""
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+Place = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -38,29 +45,120 @@ class Parity:
         return asdict(self)
 
 
-@torch.no_grad()
-def top1(model: nn.Module, batches: Iterable[Batch]) -> float:
+@dataclass(frozen=True)
+class Entry:
+    """A network to measure.
+
+    Attributes:
+        name: what the table calls it.
+        network: in evaluation mode.
+        same_as: name of the entry, further up, whose logits it should have; None if there is none.
+        tolerance: largest relative error at which it counts as equal.
+        parameters: how many to report, where the network gives out others: a student's view gives the teacher's.
+    """
+
+    name: str
+    network: nn.Module
+    same_as: str | None = None
+    tolerance: float = PARITY_TOLERANCE
+    parameters: int | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """The measurements of a network.
+
+    Attributes:
+        name: of the entry.
+        top1: accuracy in percent.
+        top5: the same for the five best classes; None for fewer than six classes.
+        parameters: how many it has, each counted once.
+        same_as: the entry that it was compared with.
+        parity: how far it differs from that.
+        passed: whether that is within the tolerance; None without comparison.
+    """
+
+    name: str
+    top1: float
+    top5: float | None
+    parameters: int
+    same_as: str | None = None
+    parity: Parity | None = None
+    passed: bool | None = None
+
+
+def top1(model: nn.Module, batches: Batches, group: Group | None = None, place: Place = lambda images: images) -> float:
     """Return the accuracy of ``model`` in percent. The model has to be in evaluation mode."""
-    correct, count = 0, 0
-    for images, labels in batches:
-        correct += int((model(images).argmax(dim=1) == labels).sum())
-        count += len(labels)
-    return 100 * correct / max(count, 1)
+    return measure([Entry("", model)], batches, group, place)[0].top1
+
+
+def parity(reference: nn.Module, other: nn.Module, batches: Batches) -> Parity:
+    """Compare the logits of two models in evaluation mode on all ``batches``."""
+    found = measure([Entry("reference", reference), Entry("other", other, "reference")], batches)[1].parity
+    assert found is not None  # it has a reference
+    return found
 
 
 @torch.no_grad()
-def parity(reference: nn.Module, other: nn.Module, batches: Iterable[Batch]) -> Parity:
-    """Compare the logits of two models in evaluation mode on all ``batches``."""
-    differences, sizes = [], []
-    agreed, count = 0, 0
-    for images, _ in batches:
-        expected, found = reference(images), other(images)
-        differences.append((found.double() - expected.double()).abs().max())
-        sizes.append(expected.double().abs().max())
-        agreed += int((expected.argmax(dim=1) == found.argmax(dim=1)).sum())
-        count += len(images)
-    max_abs, scale = float(torch.stack(differences).max()), float(torch.stack(sizes).max())
-    return Parity(max_abs, max_abs / scale if scale else max_abs, agreed / count)
+def measure(
+    entries: Sequence[Entry], batches: Batches, group: Group | None = None, place: Place = lambda images: images
+) -> list[Row]:
+    """Run all networks on all images once and measure them.
+
+    Args:
+        entries: the networks.
+        batches: images ``[N, C, H, W]`` and labels ``[N]``, of this process's share of the data.
+        group: the processes; accuracies are those of all shares, parity that of this process's share.
+        place: gives images dtype and memory format.
+    """
+    tallies = [_Tally() for _ in entries]
+    for images, labels in batches:
+        seen: dict[str, Tensor] = {}
+        placed = place(images)
+        for entry, tally in zip(entries, tallies, strict=True):
+            logits = entry.network(placed)
+            seen[entry.name] = logits
+            tally.add(logits, labels, None if entry.same_as is None else seen[entry.same_as])
+    return [tally.row(entry, group) for entry, tally in zip(entries, tallies, strict=True)]
+
+
+class _Tally:
+    """Sums of one network, on its device."""
+
+    def __init__(self) -> None:
+        self._counts: Tensor | None = None
+        self._differences: list[Tensor] = []
+        self._classes = 0
+
+    def add(self, logits: Tensor, labels: Tensor, reference: Tensor | None) -> None:
+        self._classes = logits.shape[1]
+        best = logits.topk(min(5, self._classes), dim=1).indices
+        hits = best == labels[:, None]
+        agreed = torch.zeros((), device=logits.device)
+        if reference is not None:
+            difference = (logits.double() - reference.double()).abs().max()
+            self._differences.append(torch.stack([difference, reference.double().abs().max()]))
+            agreed = (logits.argmax(dim=1) == reference.argmax(dim=1)).sum()
+        count = torch.tensor(len(labels), device=logits.device)
+        found = torch.stack([hits[:, 0].sum(), hits.sum(), agreed.long(), count])
+        self._counts = found if self._counts is None else self._counts + found
+
+    def row(self, entry: Entry, group: Group | None) -> Row:
+        own = torch.zeros(4, dtype=torch.long) if self._counts is None else self._counts
+        total = own if group is None else group.sum(own.to(group.device))
+        first, five, _, count = total.tolist()
+        result: dict[str, Any] = {
+            "name": entry.name,
+            "top1": 100 * first / max(count, 1),
+            "top5": 100 * five / max(count, 1) if self._classes > 5 else None,
+            "parameters": count_parameters(entry.network) if entry.parameters is None else entry.parameters,
+        }
+        if entry.same_as is not None and self._differences:
+            largest, scale = torch.stack(self._differences).max(dim=0).values.tolist()
+            _, _, agreed, seen = own.tolist()
+            found = Parity(largest, largest / scale if scale else largest, agreed / seen)
+            result |= {"same_as": entry.same_as, "parity": found, "passed": found.max_rel <= entry.tolerance}
+        return Row(**result)
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -1,12 +1,17 @@
 """The folder of a run and everything written into it, each file whole or not at all.
 
-===================== ==============================================================================
-config.json           settings with all defaults filled in, command, versions; written first
-metrics.csv           one row per finished epoch
-student.safetensors   the extracted student after the last finished epoch (0: the initial weights)
-teacher.safetensors   the same for the teacher, as ``reparam.load`` reads it; not in a baseline run
-summary.json          the result; its presence says that the run has finished
-===================== ==============================================================================
+========================= ==========================================================================
+config.json               settings with all defaults filled in, command, versions, data; written first
+recipe.yaml               the same settings as a recipe, for ``--recipe``
+metrics.csv               one row per finished epoch
+checkpoints/              the state of the run, to go on from (``--resume``)
+student.safetensors       the extracted student after the last finished epoch (0: the initial weights)
+teacher.safetensors       the same for the dynamic teacher, as ``reparam.load`` reads it
+student_ema.safetensors   both with averaged weights, in a run with ``--ema``
+teacher_ema.safetensors
+curves.png                accuracy and gap over the epochs
+summary.json              the result; its presence says that the run has finished
+========================= ==========================================================================
 """
 
 from __future__ import annotations
@@ -25,11 +30,14 @@ from torch import nn
 
 import reparam
 from reparam.distill.config import TrainConfig
-from reparam.errors import InputError
+from reparam.distill.recipes import dump_recipe
+from reparam.errors import FormatError, InputError
 from reparam.models import save_weights
 
-CONFIG, METRICS, SUMMARY = "config.json", "metrics.csv", "summary.json"
+CONFIG, RECIPE, METRICS, SUMMARY = "config.json", "recipe.yaml", "metrics.csv", "summary.json"
 STUDENT, TEACHER = "student.safetensors", "teacher.safetensors"
+STUDENT_EMA, TEACHER_EMA = "student_ema.safetensors", "teacher_ema.safetensors"
+CURVES = "curves.png"
 
 
 @dataclass
@@ -44,34 +52,45 @@ class RunFolder:
     path: Path
     rows: list[dict[str, Any]] = field(default_factory=list)
 
-    def write_config(self, config: TrainConfig, versions: Mapping[str, str], command: Sequence[str]) -> None:
-        """Write config.json."""
+    def write_config(
+        self, config: TrainConfig, versions: Mapping[str, str | None], command: Sequence[str], data: Mapping[str, Any]
+    ) -> None:
+        """Write config.json and recipe.yaml."""
         content = {"config": dataclasses.asdict(config), "command": list(command), "versions": dict(versions)}
-        write_json(self.path / CONFIG, content)
+        write_json(self.path / CONFIG, {**content, "data": dict(data)})
+        text = dump_recipe(config, f"The settings of a run of {config.model} on {config.data}.")
+        write_atomically(self.path / RECIPE, lambda partial: partial.write_text(text, encoding="utf-8"))
 
     def add_metrics(self, row: Mapping[str, Any]) -> None:
         """Append a row to metrics.csv; every row has the same keys."""
         self.rows.append(dict(row))
+        self.write_metrics()
+
+    def write_metrics(self) -> None:
+        """Write metrics.csv."""
         text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, fieldnames=list(row), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
+        if self.rows:
+            writer = csv.DictWriter(text, fieldnames=list(self.rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self.rows)
         write_atomically(self.path / METRICS, lambda partial: partial.write_text(text.getvalue(), encoding="utf-8"))
 
-    def save_networks(self, student: nn.Module, teacher: nn.Module | None) -> None:
-        """Write student.safetensors and, if there is a teacher, teacher.safetensors."""
-        save_weights(student, self.path / STUDENT)
+    def save_networks(self, student: nn.Module, teacher: nn.Module | None, ema: bool = False) -> None:
+        """Write the student's file and, if there is a teacher, the teacher's."""
+        save_weights(student, self.path / (STUDENT_EMA if ema else STUDENT))
         if teacher is not None:
-            write_atomically(self.path / TEACHER, lambda partial: reparam.save(teacher, partial))
+            target = self.path / (TEACHER_EMA if ema else TEACHER)
+            write_atomically(target, lambda partial: reparam.save(teacher, partial))
 
 
-def open_run_folder(config: TrainConfig) -> RunFolder:
+def open_run_folder(config: TrainConfig, check: bool = True) -> RunFolder:
     """Create the folder of a run; without ``config.output`` it gets a new name under ``runs/``.
 
     Raises:
-        InputError: see `check_output`.
+        InputError: see `check_output`, which ``check=False`` leaves out.
     """
-    check_output(config)
+    if check:
+        check_output(config)
     if config.output is None:
         return RunFolder(_new_folder(config))
     path = Path(config.output).expanduser()
@@ -79,8 +98,12 @@ def open_run_folder(config: TrainConfig) -> RunFolder:
     return RunFolder(path)
 
 
-def check_output(config: TrainConfig) -> None:
-    """Refuse an output folder that cannot take a run, before any work is done.
+def check_output(config: TrainConfig, unstarted: bool = False) -> None:
+    """Refuse an output folder that cannot take a new run, before any work is done.
+
+    Args:
+        config: the settings.
+        unstarted: whether a run may be there that ended before its first checkpoint.
 
     Raises:
         InputError: the folder holds a run already, or is a file.
@@ -90,9 +113,13 @@ def check_output(config: TrainConfig) -> None:
     path = Path(config.output).expanduser()
     if path.exists() and not path.is_dir():
         raise InputError(f"--output {path} is a file; name a folder")
-    taken = [name for name in (CONFIG, SUMMARY, "comparison.json") if (path / name).exists()]
+    marks = (SUMMARY, "comparison.json") if unstarted else (CONFIG, SUMMARY, "comparison.json")
+    taken = [name for name in marks if (path / name).exists()]
     if taken:
-        raise InputError(f"--output {path} holds a run already ({', '.join(taken)}); name another folder or remove it")
+        raise InputError(
+            f"--output {path} holds a run already ({', '.join(taken)}); name another folder, remove it, or go on with "
+            "--resume auto"
+        )
 
 
 def _new_folder(config: TrainConfig) -> Path:
@@ -112,6 +139,25 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write ``content`` as indented JSON."""
     text = json.dumps(content, indent=2) + "\n"
     write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Read metrics.csv of a run; every value is a number, or None where nothing was measured."""
+    with (folder / METRICS).open(newline="", encoding="utf-8") as file:
+        return [{name: float(value) if value else None for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file that `write_json` wrote.
+
+    Raises:
+        FormatError: damaged.
+    """
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FormatError(f"{path} is damaged: {error}") from error
+    return content
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:

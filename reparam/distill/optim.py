@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from timm.optim import create_optimizer_v2  # type: ignore[attr-defined]
+from timm.optim._param_groups import param_groups_weight_decay
 from timm.scheduler.scheduler import Scheduler
 from timm.scheduler.scheduler_factory import create_scheduler_v2
 from torch import nn
@@ -11,25 +15,58 @@ from torch import nn
 from reparam.distill.config import TrainConfig
 from reparam.errors import InputError
 
-_TIMM_NAMES = {"sgd": "momentum", "adamw": "adamw"}  # timm's "sgd" is the Nesterov variant
 
-
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+def make_optimizer(
+    model: nn.Module,
+    config: TrainConfig,
+    exempt: frozenset[str] = frozenset(),
+    divisors: Mapping[str, float] | None = None,
+) -> torch.optim.Optimizer:
     """Build the optimizer over the trainable parameters of ``model``.
 
-    SGD (momentum 0.9, no Nesterov) decays every parameter, as the paper's convolutional recipe does; AdamW leaves out
-    biases, norms and what the model's ``no_weight_decay()`` names.
+    SGD (momentum 0.9) decays every parameter, as the paper's convolutional recipe does; AdamW leaves out biases, norms
+    and what the model's ``no_weight_decay()`` names (``config.decay_norms`` says otherwise).
+
+    Args:
+        model: everything that is trained.
+        config: the settings.
+        exempt: names of parameters that the network itself wants without weight decay.
+        divisors: with ``config.lr_scale == "student"``, by how much the student's tensor is larger than the block of
+            the parameter that it is read from. Its step is the divisor squared times that of plain training with
+            SGD, the divisor times with AdamW (GPD's effective step); the learning rate of the parameter is divided
+            by that.
     """
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise InputError("the model has no parameter that requires a gradient: nothing to train")
-    return create_optimizer_v2(
+    groups = _groups(model, config, exempt, divisors if config.lr_scale == "student" else None)
+    options: dict[str, Any] = {"momentum": 0.9} if config.optimizer == "sgd" else {}
+    # timm calls SGD without Nesterov's variant "momentum".
+    name = config.optimizer if config.optimizer != "sgd" or config.nesterov else "momentum"
+    return create_optimizer_v2(groups, opt=name, lr=config.lr, weight_decay=config.weight_decay or 0.0, **options)
+
+
+def _groups(
+    model: nn.Module, config: TrainConfig, exempt: frozenset[str], divisors: Mapping[str, float] | None
+) -> list[dict[str, Any]]:
+    """Groups by weight decay (timm's rule) and, inside those, by learning rate."""
+    split = param_groups_weight_decay(
         model,
-        opt=_TIMM_NAMES[config.optimizer],
-        lr=config.lr,
-        weight_decay=config.weight_decay or 0.0,
-        momentum=0.9,
-        filter_bias_and_bn=config.optimizer == "adamw",
+        config.weight_decay or 0.0,
+        weight_decay_exclude_1d=not config.decay_norms,
+        no_weight_decay_list=() if config.decay_norms else exempt,
     )
+    if divisors is None:
+        return split
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    power = 2 if config.optimizer == "sgd" else 1
+    groups: list[dict[str, Any]] = []
+    for group in split:
+        by_scale: dict[float, list[nn.Parameter]] = {}
+        for parameter in group["params"]:
+            scale = divisors.get(names[id(parameter)], 1.0) ** -power
+            by_scale.setdefault(scale, []).append(parameter)
+        groups += [{**group, "params": params, "lr_scale": scale} for scale, params in sorted(by_scale.items())]
+    return groups
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, steps_per_epoch: int) -> Scheduler:
@@ -37,11 +74,14 @@ def make_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, steps_
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched=config.schedule,
-        num_epochs=config.epochs,
+        num_epochs=config.epochs - config.cooldown_epochs,
         decay_epochs=config.decay_epochs,
+        decay_milestones=list(config.milestones or ()),
         decay_rate=config.decay_rate,
+        min_lr=config.min_lr,
+        cooldown_epochs=config.cooldown_epochs,
         warmup_epochs=min(config.warmup_epochs, config.epochs - 1),
-        warmup_lr=(config.lr or 0.0) * 1e-2,
+        warmup_lr=config.warmup_lr or 0.0,
         step_on_epochs=False,
         updates_per_epoch=steps_per_epoch,
     )

@@ -9,6 +9,7 @@ from typing import Any
 
 from reparam.distill.config import TrainConfig
 from reparam.distill.loaders import Facts
+from reparam.errors import InputError
 
 
 class Progress:
@@ -47,7 +48,15 @@ class Progress:
         for network in ("student", "teacher"):
             if row.get(f"{network}_top1") is not None:
                 parts.append(f"{network} loss {row[f'{network}_loss']:.4f} top-1 {row[f'{network}_top1']:6.2f}%")
+        if "student_ema_top1" in row:
+            parts.append(f"averaged {row['student_ema_top1']:6.2f}%")
         self.say("  ".join([*parts, f"{row['seconds']:.1f} s"]))
+
+    def start_at(self, steps: int) -> None:
+        """Show that so many optimizer steps are done already."""
+        if self._bar is not None:
+            self._bar.n = steps
+            self._bar.refresh()
 
     def close(self) -> None:
         """Remove the bar."""
@@ -55,47 +64,74 @@ class Progress:
             self._bar.close()
 
 
-def opening(config: TrainConfig, facts: Facts, parameters: Mapping[str, int | None], device: str) -> str:
+def opening(
+    config: TrainConfig, facts: Facts, parameters: Mapping[str, int | None], device: str, processes: int = 1
+) -> str:
     """Describe a run before it starts."""
     channels, height, width = facts.image_shape
     images = f"{facts.train_images:,} training and {facts.test_images:,} test images {channels}x{height}x{width}"
     lines = [f"data     {facts.name}: {facts.classes} classes, {images}"]
     lines.append(f"student  {config.model}: {parameters['student']:,} parameters")
+    extra = f" with {config.branches} branches" if config.branches else ""
     if parameters["teacher"] is not None:
         growth = parameters["teacher"] / max(parameters["student"] or 1, 1)
-        extra = f" with {config.branches} branches" if config.branches else ""
         count = f"{parameters['teacher']:,} ({growth:.2f}x)"
         lines.append(f"teacher  the same network at ratio {config.ratio}{extra}: {count}")
-    else:
-        what = f"the student with {config.branches} branches" if config.branches else "the plain student"
-        lines.append(f"teacher  none: {what} with the identical recipe (--baseline)")
+    if config.teacher is not None:
+        lines.append(f"static   {config.teacher}, which the method {config.distiller} compares with")
+    if parameters["teacher"] is None and config.teacher is None:
+        lines.append(f"teacher  none: the {'plain ' if not extra else ''}student{extra} alone (--method baseline)")
     recipe = f"{config.epochs} epochs, batch {config.batch_size}, {config.optimizer}, lr {config.lr:g}"
-    return "\n".join([*lines, f"recipe   {recipe}, {config.schedule} schedule, seed {config.seed}, {device}"])
+    places = f"{device}, {processes} processes" if processes > 1 else device
+    return "\n".join([*lines, f"recipe   {recipe}, {config.schedule} schedule, seed {config.seed}, {places}"])
 
 
 def closing(summary: Mapping[str, Any], folder: Path) -> str:
     """Describe the result of a run."""
-    parity, parameters = summary["parity"], summary["parameters"]
-    rows = [["", "top-1", "parameters"]]
-    rows.append(["student (extracted)", f"{summary['student_top1']:.2f}%", f"{parameters['student']:,}"])
-    if summary["teacher_top1"] is not None:
-        rows.append(["teacher", f"{summary['teacher_top1']:.2f}%", f"{parameters['teacher']:,}"])
-    verdict = "PASS" if summary["parity_passed"] else "FAIL"
-    numbers = f"max abs {parity['max_abs']:.1e}, max rel {parity['max_rel']:.1e}"
-    judge = "judge:  --compare runs the plain student, same recipe, beside it: at lr and ratio^2 lr, over three seeds"
     epochs = summary["epochs"]
-    against = "the network trained" if summary["baseline"] else "the student trained inside the teacher"
+    judge = "judge:  --compare runs the plain student, same recipe, beside it: at lr and ratio^2 lr, over three seeds"
     return "\n".join(
         [
             f"\nResult on {summary['data']['test_images']:,} test images after {epochs} epoch{'s' * (epochs != 1)}, "
             f"{summary['seconds']:.1f} s",
-            table(rows),
-            f"parity: {folder / 'student.safetensors'}, loaded again, against {against}:",
-            f"        {numbers}, same class for {100 * parity['argmax_agreement']:.2f}% of the images: {verdict}",
+            networks_table(summary["table"]),
             f"files:  {folder}: {', '.join(sorted(entry.name for entry in folder.iterdir()))}",
-            *([] if summary["baseline"] else [judge]),
+            *([judge] if summary["method"] == "gpd" else []),
         ]
     )
+
+
+def networks_table(measured: Sequence[Mapping[str, Any]]) -> str:
+    """Lay out what was measured: accuracy, size, and the largest relative difference from the network above it."""
+    with_five = any(row["top5"] is not None for row in measured)
+    rows = [["", "top-1", *(["top-5"] if with_five else []), "parameters", "max rel difference", "same class"]]
+    for row in measured:
+        five = [f"{row['top5']:.2f}%"] if with_five else []
+        parity = row["parity"]
+        verdict = "PASS" if row["passed"] else "FAIL"
+        equal = ["", ""] if parity is None else [f"{parity['max_rel']:.1e} {verdict}", _share(parity)]
+        rows.append([row["name"], f"{row['top1']:.2f}%", *five, f"{row['parameters']:,}", *equal])
+    return table(rows)
+
+
+def _share(parity: Mapping[str, float]) -> str:
+    return f"{100 * parity['argmax_agreement']:.2f}%"
+
+
+def to_tensorboard(folder: Path, row: Mapping[str, Any]) -> None:
+    """Add a row of metrics.csv to TensorBoard's events in ``folder``.
+
+    Raises:
+        InputError: TensorBoard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise InputError("--tensorboard needs TensorBoard; pip install 'reparam[tensorboard]'") from error
+    with SummaryWriter(str(folder)) as writer:
+        for name, value in row.items():
+            if name not in ("epoch", "step"):
+                writer.add_scalar(name, value, row["epoch"])
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

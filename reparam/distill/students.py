@@ -1,6 +1,8 @@
-"""Building the student that the settings name, and checking that it fits the data."""
+"""Building the networks that the settings name, and checking that they fit the data."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,45 +15,73 @@ from reparam.models import load_model
 
 
 def build_student(config: TrainConfig, num_classes: int, in_chans: int) -> nn.Module:
-    """Build the network ``config.model`` for that many classes and channels, with ``config.checkpoint`` if given.
+    """Build the network ``config.model``, with ``config.checkpoint`` or timm's weights if the settings ask for them."""
+    return build(
+        config.model,
+        num_classes,
+        in_chans,
+        checkpoint=config.checkpoint,
+        pretrained=config.pretrained,
+        drop_path=config.drop_path,
+    )
+
+
+def build(
+    spec: str,
+    num_classes: int,
+    in_chans: int,
+    *,
+    checkpoint: str | None = None,
+    pretrained: bool = False,
+    drop_path: float | None = None,
+) -> nn.Module:
+    """Build a network for that many classes and channels.
 
     A callable that has no such arguments is called without them; whether its sizes are right is for `check_fit`.
+
+    Args:
+        spec: see ``reparam.models.load_model``.
+        num_classes: number of logits.
+        in_chans: channels of an image.
+        checkpoint: file of weights.
+        pretrained: start from timm's weights.
+        drop_path: drop path rate, if the network has that argument.
     """
-    wishes: list[dict[str, int]] = [{"num_classes": num_classes, "in_chans": in_chans}]
-    if ":" in config.model:
+    wishes: list[dict[str, Any]] = [{"num_classes": num_classes, "in_chans": in_chans}]
+    if ":" in spec:
         wishes += [{"num_classes": num_classes}, {"in_chans": in_chans}, {}]
     refused: InputError | None = None
     for wish in wishes:
         try:
-            return load_model(config.model, checkpoint=config.checkpoint, **wish)  # type: ignore[arg-type]
+            return load_model(spec, checkpoint=checkpoint, pretrained=pretrained, drop_path=drop_path, **wish)
         except InputError as error:
             refused = refused or error
-    raise refused or InputError(f"--model {config.model} could not be built")
+    raise refused or InputError(f"the network {spec} could not be built")
 
 
-def check_fit(student: nn.Module, example: Tensor, facts: Facts, name: str) -> None:
-    """Run the student on two images and compare its number of logits with the number of classes.
+def check_fit(network: nn.Module, example: Tensor, facts: Facts, name: str, option: str = "--model") -> None:
+    """Run a network on two images and compare its number of logits with the number of classes.
 
     Raises:
-        ModelError: the student fails on the images, or its output is not ``[N, classes]``.
+        ModelError: the network fails on the images, or its output is not ``[N, classes]``.
     """
-    was_training = student.training
-    student.eval()
+    was_training = network.training
+    network.eval()
     try:
         with torch.no_grad():
-            logits = logits_of(student, example)
+            logits = logits_of(network, example)
     except (RuntimeError, ValueError, AssertionError) as error:
         if isinstance(error, ReparamError):
             raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ModelError(
-            f"model {name} fails on images of {facts.name}, shape {list(example.shape)}: {reason} "
+            f"{option} {name} fails on images of {facts.name}, shape {list(example.shape)}: {reason} "
             "(--image-size N resizes the images; a callable with an argument in_chans is told their channels)"
         ) from error
     finally:
-        student.train(was_training)
+        network.train(was_training)
     if logits.shape[1] != facts.classes:
         raise ModelError(
-            f"model {name} returns {logits.shape[1]} logits, but {facts.name} has {facts.classes} classes; "
-            f"build the model with num_classes={facts.classes}"
+            f"{option} {name} returns {logits.shape[1]} logits, but {facts.name} has {facts.classes} classes; "
+            f"build it with num_classes={facts.classes}"
         )

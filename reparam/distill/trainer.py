@@ -1,48 +1,81 @@
-"""One training run from settings to files. The methods decide what is learned; this module only drives them."""
+"""One training run from settings to files, in one process or many. What is learned is decided elsewhere."""
 
 from __future__ import annotations
 
 import copy
-import importlib.metadata
-import math
-import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from timm.scheduler.scheduler import Scheduler
-from torch import Tensor, nn
+import torch.distributed
+from torch import nn
 
 import reparam.distill.models  # noqa: F401  (registers the networks with timm)
-from reparam.distill import evaluate, files, report
+from reparam.distill import checkpoints, evaluate, files, report
 from reparam.distill.config import TrainConfig
 from reparam.distill.data import Arrays, Source, load_source
+from reparam.distill.distributed import Group, joined
+from reparam.distill.engine import Engine, precision
 from reparam.distill.files import RunFolder, open_run_folder
-from reparam.distill.loaders import Loader, epoch_seed, make_loader, seed_everything
-from reparam.distill.methods.base import Method, Networks, Part, get_method
+from reparam.distill.finish import finish, save_networks, sizes
+from reparam.distill.loaders import Loader, Shard, epoch_seed, make_loader, seed_everything
+from reparam.distill.meter import Meter
+from reparam.distill.networks import make_learners, make_networks
 from reparam.distill.optim import make_optimizer, make_scheduler
+from reparam.distill.signals import termination
+from reparam.distill.statics import load_static_teacher
 from reparam.distill.students import build_student, check_fit
-from reparam.errors import InputError, TrainingError
+from reparam.errors import InputError, StoppedError, TrainingError
+from reparam.provenance import LIBRARIES, versions
+
+MOST_ROLLBACKS = 5
 
 
 @dataclass
 class Run:
-    """Everything alive during a run; ``steps`` and ``epoch`` count what is finished."""
+    """Everything alive during a run.
+
+    Attributes:
+        config: settings with all defaults filled in.
+        engine: networks, losses, optimizer.
+        loader: the data.
+        folder: where files go; only the main process writes.
+        progress: what is shown.
+        blank: the student before training, for the final check.
+        epoch: number of finished epochs.
+        step: finished steps of the epoch after that.
+        steps: finished steps of all epochs.
+        order: number of rollbacks, which changes the order of the data.
+        seconds: of earlier parts of the run.
+        meter: of the current epoch.
+    """
 
     config: TrainConfig
-    method: Method
-    networks: Networks
+    engine: Engine
     loader: Loader
-    optimizer: torch.optim.Optimizer
-    scheduler: Scheduler
     folder: RunFolder
     progress: report.Progress
-    steps: int = 0
+    blank: nn.Module
+    meter: Meter
     epoch: int = 0
+    step: int = 0
+    steps: int = 0
+    order: int = 0
+    seconds: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def group(self) -> Group:
+        """The processes."""
+        return self.engine.group
+
+
+class _RollBack(Exception):
+    """A loss was NaN or Inf, and the run goes on from its last checkpoint."""
 
 
 def train(
@@ -66,72 +99,114 @@ def train(
     Raises:
         DataError: the data cannot be used.
         InputError: a setting is wrong, or the output folder holds another run.
-        ModelError: the network does not fit the data.
-        TrainingError: a loss or a weight became NaN or Inf; the files of the last good epoch are kept.
+        ModelError: a network does not fit the data.
+        FormatError: weights or a checkpoint are damaged or do not fit.
+        StoppedError: the process got SIGTERM; the state is saved.
+        TrainingError: a loss or a weight became NaN or Inf, or a file could not be written; the files of the last good
+            epoch are kept.
     """
-    started = time.perf_counter()
     config = config.resolved()
-    files.check_output(config)
-    with _threads_restored():
-        run, blank = _start(config, student, source, command)
+    if (done := _finished(config)) is not None:
+        return done
+    resumed = _resumed(config)
+    if resumed is None:
+        files.check_output(config, unstarted=config.resume == "auto")
+    with _threads_restored(), joined(config.device) as group, precision(config), termination() as asked_to_stop:
+        run = _start(config, student, source, command, group, resumed)
         try:
-            _checkpoint(run)
-            for _ in range(config.epochs):
-                _epoch(run)
+            if resumed is None:
+                _save(run)
+            while run.epoch < config.epochs:
+                try:
+                    _epoch(run, asked_to_stop)
+                except _RollBack as reason:
+                    _roll_back(run, str(reason))
         finally:
             run.progress.close()
-        summary = _finish(run, blank, started)
+        summary = finish(run.config, run.engine, run.loader, run.folder, run.blank, _counts(run))
     run.progress.say(report.closing(summary, run.folder.path))
     return summary
 
 
-def resolve_device(name: str) -> torch.device:
-    """Return the device of that name; "auto" prefers a GPU."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"--device {name} cannot be used here: {reason}") from error
-    return device
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python, reparam and the libraries that a run depends on."""
-    found = {"python": platform.python_version()}
-    for package in ("reparam", "torch", "timm", "torchvision", "numpy"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
+def _resumed(config: TrainConfig) -> checkpoints.Found | None:
+    """The checkpoint to go on from, checked against the settings; None for a new run."""
+    if config.resume is None:
+        return None
+    if config.resume != "auto":
+        path = Path(config.resume).expanduser()
+        found = checkpoints.Found(path, checkpoints.read_checkpoint(path), ())
+    elif config.output is None:
+        raise InputError("--resume auto looks for a run in --output, which was not given")
+    else:
+        latest = checkpoints.latest(Path(config.output).expanduser())
+        if latest is None:
+            return None
+        found = latest
+    checkpoints.check_same(found.state["config"], asdict(config), found.path)
     return found
 
 
+def _finished(config: TrainConfig) -> dict[str, Any] | None:
+    """The result, if the run to go on with has finished already."""
+    path = Path(config.output or ".").expanduser() / files.SUMMARY
+    if config.resume != "auto" or not path.is_file():
+        return None
+    if not config.quiet:
+        print(f"{path.parent} holds a finished run; nothing to do")
+    return files.read_json(path)
+
+
 def _start(
-    config: TrainConfig, student: nn.Module | None, source: Source | None, command: Sequence[str]
-) -> tuple[Run, nn.Module]:
-    """Load and check everything; return the run, and an untrained copy of the student for the final check."""
-    device = resolve_device(config.device)
+    config: TrainConfig,
+    student: nn.Module | None,
+    source: Source | None,
+    command: Sequence[str],
+    group: Group,
+    resumed: checkpoints.Found | None,
+) -> Run:
+    """Load and check everything, and take up the state of a checkpoint."""
     source = source if source is not None else load_source(config.data, config.limit_train)
     _set_threads(config, source)
     seed_everything(config.seed)
     student = student if student is not None else build_student(config, len(source.classes), source.in_chans)
-    student.to(device)
-    loader = make_loader(source, config, student, device)
+    student.to(group.device)
+    loader = make_loader(source, config, student, group.device, Shard(group.rank, group.world))
     example = next(iter(loader.test()))[0][:2]
     check_fit(student, example, loader.facts, config.model)
+    if config.precision == "fp64":
+        student.double()
+        example = example.double()
     blank = copy.deepcopy(student)
-    method = get_method(config.method)
-    networks = method.prepare(student, example, config)
-    optimizer = make_optimizer(networks.owner, config)
+    networks = make_networks(student, example, config)
+    if config.channels_last:
+        networks.owner.to(memory_format=torch.channels_last)
+    static = load_static_teacher(config, loader.facts, example) if config.distiller else None
+    learners = make_learners(networks, static, example, loader.labels, config)
+    exempt = frozenset(f"owner.{name}" for name in getattr(networks.owner, "no_weight_decay", set)())
+    divisors: dict[str, float] = getattr(networks.student, "divisors", dict)()
+    scales = {f"owner.{name}": value for name, value in divisors.items()}
+    optimizer = make_optimizer(learners, config, exempt, scales)
     scheduler = make_scheduler(optimizer, config, loader.steps)
-    folder = open_run_folder(config)
-    folder.write_config(config, versions(), command)
-    progress = report.Progress(config.epochs, loader.steps, config.quiet)
-    progress.say(report.opening(config, loader.facts, _parameters(networks), str(device)))
-    return Run(config, method, networks, loader, optimizer, scheduler, folder, progress), blank
+    engine = Engine(learners, static, optimizer, scheduler, config, group)
+    folder = _folder(config, group, resumed)
+    progress = report.Progress(config.epochs, loader.steps, config.quiet or not group.main)
+    run = Run(config, engine, loader, folder, progress, blank, Meter(learners.names, group))
+    if resumed is not None:
+        _take_up(run, resumed)
+    if group.main:
+        folder.write_config(config, versions(LIBRARIES), command, asdict(loader.facts))
+    progress.say(report.opening(config, loader.facts, sizes(networks), str(group.device), group.world))
+    return run
+
+
+def _folder(config: TrainConfig, group: Group, resumed: checkpoints.Found | None) -> RunFolder:
+    """Open the output folder; the main process chooses its name."""
+    place: list[Any] = [None]
+    if group.main:
+        place = [open_run_folder(config, check=resumed is None and config.resume is None).path]
+    if group.world > 1:
+        torch.distributed.broadcast_object_list(place)
+    return RunFolder(place[0])
 
 
 @contextmanager
@@ -149,129 +224,168 @@ def _set_threads(config: TrainConfig, source: Source) -> None:
         torch.set_num_threads(config.threads or 1)
 
 
-def _epoch(run: Run) -> None:
-    """Train for one epoch, evaluate, and write metrics and checkpoint."""
+# An epoch ------------------------------------------------------------------------------------------------------------
+
+
+def _epoch(run: Run, asked_to_stop: Callable[[], bool]) -> None:
+    """Train for one epoch, or for the rest of one, evaluate, and write metrics and checkpoint."""
     started = time.perf_counter()
-    epoch, lr = run.epoch + 1, run.optimizer.param_groups[0]["lr"]
-    seed_everything(epoch_seed(run.config.seed, epoch))
-    meter = _Meter(run, epoch)
-    run.networks.train()
-    for images, labels in run.loader.train(epoch):
-        _step(run, images, labels, meter)
-    meter.check()
-    if not evaluate.all_finite(run.networks.owner):
-        raise _diverged(run, f"a weight became NaN or Inf in epoch {epoch}, by step {run.steps}")
-    run.epoch = epoch
-    row = {"epoch": epoch, "step": run.steps, "lr": lr, **meter.averages(), **_accuracies(run)}
+    config, epoch = run.config, run.epoch + 1
+    first = run.engine.optimizer.param_groups[0]
+    lr = first["lr"] / first.get("lr_scale", 1.0)
+    run.engine.learners.train()
+    for batch in run.loader.train(epoch, run.step, run.order):
+        seed_everything(_step_seed(run))
+        run.engine.step(batch, epoch, run.steps + 1, run.meter)
+        run.step, run.steps = run.step + 1, run.steps + 1
+        run.progress.step()
+        _watch(run, asked_to_stop)
+    _check_finite(run)
+    run.engine.end_epoch()
+    losses = run.meter.averages(run.loader.steps)
+    run.epoch, run.step, run.meter = epoch, 0, Meter(run.engine.learners.names, run.group)
+    row = {"epoch": epoch, "step": run.steps, "lr": lr, **losses, **_accuracies(run)}
     row["seconds"] = round(time.perf_counter() - started, 3)
-    run.folder.add_metrics(row)
-    _checkpoint(run)
+    run.folder.rows.append(row)
+    _save(run)
     run.progress.epoch(row)
+    if config.tensorboard and run.group.main:
+        report.to_tensorboard(run.folder.path, row)
 
 
-def _step(run: Run, images: Tensor, labels: Tensor, meter: _Meter) -> None:
-    run.optimizer.zero_grad(set_to_none=True)
-    for part in run.method.step(run.networks, images, labels, run.config):
-        meter.add(part, labels)
-        part.loss.backward()
-    if run.config.clip_grad:
-        nn.utils.clip_grad_norm_(run.networks.owner.parameters(), run.config.clip_grad)
-    run.optimizer.step()
-    run.steps += 1
-    run.scheduler.step_update(run.steps)
-    run.progress.step()
+def _step_seed(run: Run) -> int:
+    """Everything random inside a step (dropout, drop path) follows from its place in the run: nothing to restore."""
+    place = (epoch_seed(run.config.seed, run.epoch + 1) * 1_000_003 + run.step) * 1009 + run.order
+    return (place * 4099 + run.group.rank) % 2**63
 
 
-class _Meter:
-    """Collects losses and training accuracy of an epoch without waiting for the device at every step."""
+def _watch(run: Run, asked_to_stop: Callable[[], bool]) -> None:
+    """Look after the run between two steps: NaN, SIGTERM, checkpoints inside an epoch.
 
-    def __init__(self, run: Run, epoch: int) -> None:
-        self._run, self._epoch = run, epoch
-        self._losses: dict[str, list[Tensor]] = {name: [] for name in run.method.parts}
-        self._correct: dict[str, list[Tensor]] = {name: [] for name in run.method.parts}
-        self._seen = 0
-        self._checked = 0
-
-    def add(self, part: Part, labels: Tensor) -> None:
-        """Take in one loss; on the CPU it is checked at once, elsewhere every 50 steps."""
-        self._losses[part.network].append(part.loss.detach())
-        self._correct[part.network].append((part.logits.detach().argmax(dim=1) == labels).float().mean())
-        self._seen += 1
-        if part.loss.device.type == "cpu" or self._seen % 50 == 0:
-            self.check()
-
-    def check(self) -> None:
-        """Raise if a loss since the last check was NaN or Inf; the message names the first one."""
-        for step in range(self._checked, max(map(len, self._losses.values()))):
-            for name, losses in self._losses.items():
-                if step < len(losses) and not math.isfinite(value := losses[step].item()):
-                    where = f"epoch {self._epoch}, step {step + 1} of {self._run.loader.steps}"
-                    raise _diverged(self._run, f"the {name}'s loss is {value} in {where}")
-        self._checked = min(map(len, self._losses.values()))
-
-    def averages(self) -> dict[str, float]:
-        """Return mean loss and training accuracy in percent of each network."""
-        averages = {}
-        for name in self._losses:
-            averages[f"{name}_loss"] = torch.stack(self._losses[name]).mean().item()
-            averages[f"{name}_train_top1"] = 100 * torch.stack(self._correct[name]).mean().item()
-        return averages
+    All processes look at the same steps and decide together. Where looking costs waiting, it is done less often.
+    """
+    alone_on_cpu = run.group.world == 1 and run.group.device.type == "cpu"
+    interval = 1 if alone_on_cpu else 10 if run.group.device.type == "cpu" else 50
+    due = run.config.save_steps is not None and run.steps % run.config.save_steps == 0
+    if run.step % interval and not due:
+        if run.group.world == 1 and asked_to_stop():
+            _stop(run)
+        return
+    _check_finite(run)
+    (stop,) = run.group.any(asked_to_stop())
+    if stop:
+        _stop(run)
+    if due and run.step < run.loader.steps:
+        _save(run)
 
 
-def _diverged(run: Run, what: str) -> TrainingError:
-    kept = f"the weights after epoch {run.epoch}" if run.epoch else "the initial weights (no epoch was finished)"
-    return TrainingError(
-        f"{what}; {run.folder.path / files.STUDENT} keeps {kept}. "
-        f"Try a smaller --lr (now {run.config.lr:g}), --clip-grad or more --warmup-epochs"
+def _stop(run: Run) -> None:
+    _check_finite(run)
+    _save(run)
+    raise StoppedError(
+        f"stopped by SIGTERM in epoch {run.epoch + 1}, after step {run.step} of {run.loader.steps}; the state is saved "
+        f"in {run.folder.path / checkpoints.FOLDER}, go on with --resume auto --output {run.folder.path}"
     )
 
 
-def _accuracies(run: Run) -> dict[str, float]:
-    run.networks.train(False)
-    accuracies = {"student_top1": evaluate.top1(run.networks.student, run.loader.test())}
-    if run.networks.teacher is not None:
-        accuracies["teacher_top1"] = evaluate.top1(run.networks.teacher, run.loader.test())
-    return accuracies
+def _check_finite(run: Run) -> None:
+    """Stop or roll back, all processes together, if a loss or a weight became NaN or Inf in one of them."""
+    what = run.meter.bad()
+    if what is None and run.step == run.loader.steps and not evaluate.all_finite(run.engine.learners.owner):
+        what = "a weight became NaN or Inf"
+    (bad,) = run.group.any(what is not None)
+    if not bad:
+        return
+    place = f"in epoch {run.epoch + 1}, step {run.step} of {run.loader.steps}"
+    where = f"{what or 'another process met NaN or Inf'} {place}"
+    if run.config.on_nan == "rollback" and run.order < MOST_ROLLBACKS:
+        raise _RollBack(where)
+    kept = f"the weights after epoch {run.epoch}" if run.epoch else "the initial weights (no epoch was finished)"
+    raise TrainingError(
+        f"{where}; {run.folder.path / files.STUDENT} keeps {kept}. "
+        f"Try a smaller --lr (now {run.config.lr:g}), --clip-grad, more --warmup-epochs or --on-nan rollback"
+    )
 
 
-def _checkpoint(run: Run) -> None:
-    run.folder.save_networks(run.networks.extract(), run.networks.teacher)
+def _roll_back(run: Run, reason: str) -> None:
+    """Go back to the last checkpoint, with another order of the data so that the same does not happen again."""
+    order = run.order + 1
+    run.group.barrier()
+    found = checkpoints.latest(run.folder.path)
+    if found is None:
+        raise TrainingError(f"{reason}; there is no checkpoint to roll back to")
+    _take_up(run, found, quiet=True)
+    run.order = order
+    run.progress.say(
+        f"{reason}: back to step {run.steps}, with another order of the data ({order} of {MOST_ROLLBACKS} rollbacks)"
+    )
 
 
-def _parameters(networks: Networks) -> dict[str, int | None]:
-    teacher = networks.teacher
-    return {
-        "student": evaluate.count_parameters(networks.extract()),
-        "teacher": None if teacher is None else evaluate.count_parameters(teacher),
-    }
+def _accuracies(run: Run) -> dict[str, float | None]:
+    engine = run.engine
+    engine.learners.train(False)
+    networks, averaged = engine.networks, engine.averaged()
+    last = run.epoch == run.config.epochs
+    measured = last or run.epoch % run.config.eval_epochs == 0
+    entries = [evaluate.Entry("student_top1", networks.student)]
+    if networks.teacher is not None:
+        entries.append(evaluate.Entry("teacher_top1", networks.teacher))
+    if averaged is not None:
+        entries.append(evaluate.Entry("student_ema_top1", averaged.student))
+    if not measured:
+        return {entry.name: None for entry in entries}
+    with engine.autocast():
+        rows = evaluate.measure(entries, run.loader.test(), run.group, engine.images)
+    return {row.name: row.top1 for row in rows}
 
 
-def _finish(run: Run, blank: nn.Module, started: float) -> dict[str, Any]:
-    """Load the written student into a fresh network, measure it, and write summary.json."""
-    device = next(run.networks.owner.parameters()).device
-    blank.load_state_dict(load_file(run.folder.path / files.STUDENT), strict=True)
-    exported = blank.to(device).eval()
-    run.networks.train(False)
-    parity = evaluate.parity(run.networks.student, exported, run.loader.test())
-    best = max(run.folder.rows, key=lambda row: row["student_top1"])
-    summary = {
-        "student_top1": evaluate.top1(exported, run.loader.test()),
-        "teacher_top1": run.folder.rows[-1].get("teacher_top1"),
-        "baseline": run.config.baseline,
-        "method": run.method.name,
-        "parity": parity.as_dict(),
-        "parity_passed": parity.passed,
-        "seconds": round(time.perf_counter() - started, 2),
-        "parameters": _parameters(run.networks),
-        "epochs": run.epoch,
-        "steps": run.steps,
-        "best_student_top1": best["student_top1"],
-        "best_epoch": best["epoch"],
-        "data": asdict(run.loader.facts),
-        "device": str(device),
-        "threads": torch.get_num_threads(),
+# State ---------------------------------------------------------------------------------------------------------------
+
+
+def _counts(run: Run) -> dict[str, Any]:
+    seconds = run.seconds + time.perf_counter() - run.started
+    return {"epoch": run.epoch, "step": run.step, "steps": run.steps, "order": run.order, "seconds": seconds}
+
+
+def _save(run: Run) -> None:
+    """Write a checkpoint, then everything that can be made again from it.
+
+    Raises:
+        TrainingError: a file could not be written; what was there before is intact.
+    """
+    meter = run.meter.state()
+    if not run.group.main:
+        return
+    state = {
+        **run.engine.state(),
+        **_counts(run),
         "config": asdict(run.config),
-        "versions": versions(),
+        "meter": meter,
+        "rows": run.folder.rows,
     }
-    files.write_json(run.folder.path / files.SUMMARY, summary)
-    return summary
+    try:
+        checkpoints.write_checkpoint(run.folder.path, run.steps, state)
+        if run.step == 0:
+            run.folder.write_metrics()
+            save_networks(run.folder, run.engine)
+        checkpoints.prune(run.folder.path, run.folder.rows, run.config.keep_best)
+    except OSError as error:
+        raise TrainingError(
+            f"cannot write into {run.folder.path}: {error.strerror or error} (epoch {run.epoch}, step {run.steps}); "
+            "older checkpoints are intact: make room and go on with --resume auto"
+        ) from error
+
+
+def _take_up(run: Run, found: checkpoints.Found, quiet: bool = False) -> None:
+    """Put the state of a checkpoint into the run."""
+    state = found.state
+    run.engine.load(state, state["steps"])
+    run.epoch, run.step, run.steps, run.order = (state[name] for name in ("epoch", "step", "steps", "order"))
+    run.seconds = state["seconds"]
+    run.folder.rows[:] = state["rows"]
+    run.meter = Meter(run.engine.learners.names, run.group, state["meter"])
+    for damaged in found.damaged:
+        run.progress.say(f"skipped: {damaged}")
+    run.progress.start_at(run.steps)
+    if not quiet:
+        run.progress.say(f"resume   {found.path}: {run.epoch} epochs and {run.step} steps are done")

@@ -102,6 +102,14 @@ class ParamMap:
         # torch's CPU batch_norm gives wrong gradients for a weight with a stride (2.15, input [N, C]).
         return value.contiguous() if value.dim() == 1 else value
 
+    @property
+    def divisor(self) -> float:
+        """By how much the student's tensor is larger than the block of the teacher's that it is read from.
+
+        Where an index has more replicas than another: the mean.
+        """
+        return math.prod(float(self.maps[dim].counts.mean()) ** self.power for dim in self.divide)
+
     def _divisor(self, dim: int, counts: Any, like: Tensor) -> Tensor | float:
         uniform = self.maps[dim].uniform
         if uniform is not None:

@@ -2,36 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from reparam.errors import InputError, near_matches
+from reparam.passes.flows import entering, meeting
 from reparam.passes.parts import HOST
 from reparam.passes.program import Program
 from reparam.passes.teacher import Teacher
 from reparam.passes.view import StudentView
 
+INPUT = ":input"
+"""Behind a name: what enters it, instead of what it returns."""
+
 
 def tap(module: nn.Module, names: Sequence[str]) -> nn.Module:
     """Return a module that computes ``(output, {name: value})``, sharing all weights with ``module``.
+
+    A value is what it was when it was computed, also where the network changes it in place later (by a ReLU).
 
     Args:
         module: a student, a student's view or a teacher.
         names: module paths of the student; the value is what the module returned (at its last call). A teacher's
             values are wide where the student's are replicated. Where the network's own code has no graph, the modules
-            that this code calls can be tapped, at the student's width.
+            that this code calls can be tapped, at the student's width. ``path:input`` is the one tensor that entered
+            the module, ``path.parameter:input`` the first tensor of the operator that took the parameter last (where a
+            classifier is no module of its own).
 
     Raises:
         InputError: an unknown name (near matches are listed), or one whose module is not called.
     """
     wanted = [names] if isinstance(names, str) else list(names)
     network = module.network if isinstance(module, StudentView) else module
-    known = [n for n, _m in (module.skeleton if isinstance(module, Teacher) else network).named_modules() if n]
+    student = module.skeleton if isinstance(module, Teacher) else network
+    known = [n for n, _m in student.named_modules() if n]
+    parameters = {n for n, _p in student.named_parameters(remove_duplicate=False)}
     for name in wanted:
-        if name not in known:
-            raise InputError(f"tap: no module {name!r}{near_matches(name, known)}")
+        base = name.removesuffix(INPUT)
+        if base not in known and not (base != name and base in parameters):
+            raise InputError(f"tap: no module {base!r}{near_matches(base, known)}")
     if isinstance(module, Teacher) and HOST in vars(module):
         return _HookTap(module, _called_by_host(module, wanted), wanted)
     return _GraphTap(module, wanted) if isinstance(module, Teacher) else _HookTap(module, network, wanted)
@@ -47,6 +61,9 @@ def _called_by_host(teacher: Teacher, names: list[str]) -> nn.Module:
     return teacher
 
 
+# Networks that run as they are --------------------------------------------------------------------------------------
+
+
 class _HookTap(nn.Module):
     """Taps an eager network with forward hooks that exist only during the call."""
 
@@ -55,30 +72,116 @@ class _HookTap(nn.Module):
         self.module = module
         self.names = names
         self._network = (network,)
+        # Names whose values are changed in place later, by train mode: known after the first call, which copies all.
+        self._changed: dict[bool, set[str]] = {}
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         """Return output and values."""
-        values: dict[str, Any] = {}
-        handles = []
-        for name in self.names:
-            hook = _store(values, name)
-            handles.append(self._network[0].get_submodule(name).register_forward_hook(hook))
-        try:
+        mode = self._network[0].training
+        found = _Found(self._changed.get(mode))
+        with contextlib.ExitStack() as stack:
+            for name in self.names:
+                stack.enter_context(_watched(self._network[0], name, found))
             output = self.module(*args, **kwargs)
-        finally:
-            for handle in handles:
-                handle.remove()
-        missing = [name for name in self.names if name not in values]
+        missing = [name for name in self.names if name not in found.values]
         if missing:
             raise InputError(f"tap: {missing[0]!r} is not called in this forward pass")
-        return output, {name: values[name] for name in self.names}
+        if found.copied is None:
+            self._changed[mode] = found.changed()
+        return output, {name: found.values[name] for name in self.names}
 
 
-def _store(values: dict[str, Any], name: str) -> Any:
-    def hook(_module: nn.Module, _args: Any, result: Any) -> None:
-        values[name] = result
+class _Found:
+    """The values of one call.
+
+    Args:
+        copied: names of the values to copy, or None for all of them.
+    """
+
+    def __init__(self, copied: set[str] | None) -> None:
+        self.copied = copied
+        self.values: dict[str, Any] = {}
+        self._seen: dict[str, list[tuple[Tensor, int | None]]] = {}
+
+    def keep(self, name: str, value: Any) -> None:
+        """Keep a value, or a copy of it."""
+        if self.copied is not None and name not in self.copied:
+            self.values[name] = value
+            return
+        tensors = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+        self._seen[name] = [(tensor, _version(tensor)) for tensor in tensors]
+        self.values[name] = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, value)
+
+    def changed(self) -> set[str]:
+        """Return the names of those that have been changed in place since."""
+        return {
+            name
+            for name, seen in self._seen.items()
+            if any(version is None or _version(tensor) != version for tensor, version in seen)
+        }
+
+
+def _version(tensor: Tensor) -> int | None:
+    """How often a tensor was changed in place; None in inference mode, where nobody counts."""
+    return None if tensor.is_inference() else tensor._version
+
+
+@contextlib.contextmanager
+def _watched(network: nn.Module, name: str, found: _Found) -> Iterator[None]:
+    """Keep a value by name while the network runs."""
+    base = name.removesuffix(INPUT)
+    if base == name:
+        handle = network.get_submodule(name).register_forward_hook(lambda _m, _a, result: found.keep(name, result))
+    elif _is_module(network, base):
+        handle = network.get_submodule(base).register_forward_pre_hook(_entered(found, name), with_kwargs=True)
+    else:
+        path, _, parameter = base.rpartition(".")
+        with _Meets(network.get_submodule(path), parameter, lambda value: found.keep(name, value)):
+            yield
+        return
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _is_module(network: nn.Module, path: str) -> bool:
+    try:
+        network.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+def _entered(found: _Found, name: str) -> Callable[..., None]:
+    def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
+        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if len(tensors) != 1:
+            raise InputError(f"tap: {name!r} asks for the tensor that enters a module, and {len(tensors)} do")
+        found.keep(name, tensors[0])
 
     return hook
+
+
+class _Meets(TorchFunctionMode):
+    """Looks for operators that take a parameter; of a student's view the parameter changes from call to call."""
+
+    def __init__(self, holder: nn.Module, parameter: str, keep: Callable[[Tensor], None]) -> None:
+        super().__init__()
+        self.holder, self.parameter, self.keep = holder, parameter, keep
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Look, and go on."""
+        kwargs = kwargs or {}
+        parameter = getattr(self.holder, self.parameter)
+        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        others = [tensor for tensor in tensors if tensor is not parameter]
+        if others and len(others) < len(tensors):
+            self.keep(others[0])
+        return func(*args, **kwargs)
+
+
+# Teachers -----------------------------------------------------------------------------------------------------------
 
 
 class _GraphTap(nn.Module):
@@ -88,8 +191,9 @@ class _GraphTap(nn.Module):
         super().__init__()
         self.teacher = teacher
         # Programs over the teacher's own attributes, without registering them a second time.
-        self._functions = tuple(_tapped(program, names) for program in teacher._programs)
-        lacking = [_not_called(program, names) for program in teacher._programs]
+        found = [{name: _value_in(program, name) for name in names} for program in teacher._programs]
+        self._functions = tuple(_tapped(*pair) for pair in zip(teacher._programs, found, strict=True))
+        lacking = [[name for name in names if values[name] is None] for values in found]
         if all(lacking):
             raise _missing(lacking[0])
         self._lacking = tuple(lacking)
@@ -104,25 +208,34 @@ class _GraphTap(nn.Module):
         return result
 
 
-def _not_called(program: Program, names: list[str]) -> list[str]:
-    return [name for name in names if not program.outputs.get(name)]
-
-
 def _missing(names: list[str]) -> InputError:
     return InputError(f"tap: {names[0]!r} is not called in this forward pass, or lies inside a module kept whole")
 
 
-def _tapped(program: Program, names: list[str]) -> Callable[..., Any]:
+def _value_in(program: Program, name: str) -> Any:
+    """Return where a program has a value: a structure of node names, or None."""
+    base = name.removesuffix(INPUT)
+    calls = program.outputs.get(base)
+    if base == name:
+        return calls[-1] if calls else None
+    nodes = {node.name: node for node in program.graph.nodes}
+    if not calls:
+        node = meeting(program.graph, base)
+        return None if node is None else node.name
+    if not isinstance(calls[-1], str):
+        raise InputError(f"tap: {base!r} returns more than a tensor; tap what it returns, or a module inside it")
+    given = entering(program.graph, base, nodes[calls[-1]])
+    if len(given) != 1:
+        raise InputError(f"tap: {name!r} asks for the tensor that enters a module, and {len(given)} do")
+    return given[0].name
+
+
+def _tapped(program: Program, values: dict[str, Any]) -> Callable[..., Any]:
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     output = graph.graph_copy(program.graph, mapping)
     nodes = {old.name: new for old, new in mapping.items()}
-    taps = {}
-    for name in names:
-        calls = program.outputs.get(name)
-        if calls:
-            taps[name] = _nodes(calls[-1], nodes)
-    graph.output((output, taps))
+    graph.output((output, {name: _nodes(value, nodes) for name, value in values.items() if value is not None}))
     return Program(graph).function()
 
 

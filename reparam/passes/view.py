@@ -180,6 +180,18 @@ class StudentView(nn.Module):
         """The student's own modules, without weights (meta device)."""
         return self._network[0]
 
+    def divisors(self) -> dict[str, float]:
+        """Return how many times larger the student's tensor is than its block of the teacher's parameter, by name.
+
+        One step of gradient descent on the teacher's parameter moves the student's tensor by the divisor squared times
+        the step of plain training (Adam: by the divisor). Parameters of branches are among them.
+        """
+        scales = {id(s.slots[s.slot]): s.param_map.divisor for s in self._narrow.sources if s.param_map is not None}
+        for branch in self._narrow.branches:
+            slots = branch.slots.values()
+            scales |= {id(places[leaf]): one.divisor for places, leaf, one in slots if one is not None}
+        return {name: scales.get(id(value), 1.0) for name, value in self.teacher.named_parameters()}
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the student; inputs and outputs are those of the original model."""
         running = {b: self.network.get_submodule(b.module).training for b in self._narrow.branches if b.running}

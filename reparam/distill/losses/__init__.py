@@ -21,6 +21,7 @@ wait in every step, and there torch's own index assertion ends the run.
 | hints (FitNet) | ``hints.py`` | ``hint``, ``Connector``, ``FitNet`` |
 | contrast (CRD) | ``contrast.py`` | ``noise_contrast``, ``CRD`` |
 | review (ReviewKD) | ``review.py`` | ``hcl``, ``ABF``, ``ReviewKD`` |
+| what to compare | ``levels.py`` | ``match_levels``, ``pair_embeddings`` |
 """
 
 from reparam.distill.losses.attention import attention_map, attention_transfer
@@ -28,6 +29,7 @@ from reparam.distill.losses.contrast import CRD, noise_contrast
 from reparam.distill.losses.correlation import correlation_distance, dist
 from reparam.distill.losses.decoupled import dkd
 from reparam.distill.losses.hints import Connector, FitNet, hint
+from reparam.distill.losses.levels import match_levels, pair_embeddings
 from reparam.distill.losses.relations import rkd, rkd_angle, rkd_distance
 from reparam.distill.losses.review import ABF, ReviewKD, hcl
 from reparam.distill.losses.soft import SOFT_LOSSES, kd, smoothed_cross_entropy, soft_loss
@@ -49,7 +51,9 @@ __all__ = [
     "hint",
     "kd",
     "lskd",
+    "match_levels",
     "noise_contrast",
+    "pair_embeddings",
     "rkd",
     "rkd_angle",
     "rkd_distance",

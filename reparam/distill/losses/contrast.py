@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 from reparam.distill.losses.shared import (
@@ -66,7 +66,9 @@ class CRD(nn.Module):
     batch. The normaliser Z of each side is estimated in the first training batch and stays.
 
     The embeddings learn (give the module's parameters to the optimizer), the teacher's features do not. Memory and Z
-    are buffers, part of the state_dict. Only training mode changes them. Each process has a memory of its own.
+    are buffers, part of the state_dict. Only training mode changes them. Of several processes (``torch.distributed`` is
+    initialised) all hold the same memory: that of process 0 at first, and each step renews it with the batches of all.
+    Negatives are drawn by each process for its own images.
 
     Args:
         student: example of the student's features ``[N, D]``; only its shape is read.
@@ -119,6 +121,7 @@ class CRD(nn.Module):
         self.register_buffer("student_memory", F.normalize(torch.randn(images, width)))
         self.register_buffer("teacher_memory", F.normalize(torch.randn(images, width)))
         self.register_buffer("estimate", torch.full((2,), math.nan))
+        self._shared = False
         for name, table in zip(("order", "start", "size"), _classes(images, labels), strict=True):
             self.register_buffer(name, table, persistent=False)
 
@@ -128,14 +131,16 @@ class CRD(nn.Module):
         Args:
             student: features ``[N, D]``.
             teacher: features ``[N, D']``; detached.
-            indices: numbers ``[N]`` of the images in the training set, int64. An image that is there twice leaves one
-                of its two embeddings in the memory.
+            indices: numbers ``[N]`` of the images in the training set, int64. Of an image that is there twice the
+                last embedding counts in the memory.
             negatives: numbers ``[N, K']`` of the images to compare with; drawn if left out.
 
         Raises:
             InputError: shapes do not fit or an image number is out of range.
         """
         self._check(student, teacher, indices, negatives)
+        if self.training:
+            self._share()
         own = self._embed(self.student_embedding, student)
         other = self._embed(self.teacher_embedding, constant(teacher))
         if negatives is None:
@@ -143,8 +148,10 @@ class CRD(nn.Module):
         rows = torch.cat([indices[:, None], negatives], dim=1)
         loss = self._direction(own, self.teacher_memory, rows, 0) + self._direction(other, self.student_memory, rows, 1)
         if self.training:
-            self._remember(self.student_memory, indices, own)
-            self._remember(self.teacher_memory, indices, other)
+            self._shared = True
+            everyone = _gathered(indices)
+            self._remember(self.student_memory, everyone, _gathered(own.detach()))
+            self._remember(self.teacher_memory, everyone, _gathered(other.detach()))
         return loss
 
     def draw(self, indices: Tensor) -> Tensor:
@@ -178,15 +185,47 @@ class CRD(nn.Module):
             similarity = torch.bmm(remembered, anchors[:, :, None])[:, :, 0]
         scores = similarity.detach() / self.temperature
         found = scores.flatten().logsumexp(0) + math.log(self.images / rows.numel())
+        if self.training and _processes() > 1 and not self._shared:
+            found = _gathered(found[None]).logsumexp(0) - math.log(_processes())
         log_normaliser = torch.where(self.estimate[side].isnan(), found, promote(self.estimate[side]))
         if self.training:
             self.estimate[side] = log_normaliser
         return noise_contrast(similarity[:, 0], similarity[:, 1:], self.images, log_normaliser, self.temperature)
 
     @torch.no_grad()
+    def _share(self) -> None:
+        """Give all processes the memory of the first one, once; the host must not look at values in every step."""
+        if _processes() > 1 and not self._shared:
+            for buffer in (self.student_memory, self.teacher_memory, self.estimate):
+                distributed.broadcast(buffer, 0)
+
+    @torch.no_grad()
     def _remember(self, memory: Tensor, indices: Tensor, vectors: Tensor) -> None:
-        renewed = self.momentum * promote(memory[indices]) + (1 - self.momentum) * vectors
+        # Of an image that is there twice all writes are that of its last place: in any order they do the same.
+        places = torch.arange(len(indices), device=indices.device)
+        last = torch.where(indices[:, None] == indices, places, -1).amax(1)
+        renewed = self.momentum * promote(memory[indices]) + (1 - self.momentum) * promote(vectors)[last]
         memory[indices] = unit(renewed).to(memory.dtype)
+
+
+def _processes() -> int:
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def _gathered(tensor: Tensor) -> Tensor:
+    """Join the tensors of all processes along the first dimension, whose lengths may differ."""
+    count = _processes()
+    if count == 1:
+        return tensor
+    length = torch.tensor([len(tensor)], device=tensor.device)
+    lengths = [torch.empty_like(length) for _ in range(count)]
+    distributed.all_gather(lengths, length)
+    sizes = [int(size) for size in lengths]
+    padded = tensor.new_zeros((max(sizes), *tensor.shape[1:]))
+    padded[: len(tensor)] = tensor
+    parts = [torch.empty_like(padded) for _ in range(count)]
+    distributed.all_gather(parts, padded)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
 
 def _classes(images: int, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

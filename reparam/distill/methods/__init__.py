@@ -1,6 +1,34 @@
-"""Training methods: one file each, with a pure step function and an entry in the registry."""
+"""Training methods, one file each: GPD, and the losses against a static teacher."""
 
-from reparam.distill.methods import baseline, gpd
-from reparam.distill.methods.base import Method, Networks, Part, get_method, register
+from reparam.distill.methods import at, crd, dist, dkd, fitnet, gpd, kd, lskd, reviewkd, rkd
+from reparam.distill.methods.base import (
+    Batch,
+    Distiller,
+    Outputs,
+    Weights,
+    distiller,
+    distillers,
+    get_distiller,
+    weights_of,
+)
 
-__all__ = ["Method", "Networks", "Part", "baseline", "get_method", "gpd", "register"]
+__all__ = [
+    "Batch",
+    "Distiller",
+    "Outputs",
+    "Weights",
+    "at",
+    "crd",
+    "dist",
+    "distiller",
+    "distillers",
+    "dkd",
+    "fitnet",
+    "get_distiller",
+    "gpd",
+    "kd",
+    "lskd",
+    "reviewkd",
+    "rkd",
+    "weights_of",
+]

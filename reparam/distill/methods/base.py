@@ -1,116 +1,189 @@
-"""What a training method is: a way to build its networks, and a step that yields one loss after the other."""
+"""What a method is made of: batches, outputs, and the loss between a learner and a static teacher.
+
+A learner is a network that is being trained: the student, or GPD's dynamic teacher. Each loss against a static teacher
+is one file with one `Distiller`; GPD is one file as well (``gpd.py``). A run combines at most one of each.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-import reparam
 from reparam.distill.config import TrainConfig
 from reparam.errors import InputError, ModelError, near_matches
 
 
 @dataclass(frozen=True)
-class Networks:
-    """The networks of a run.
+class Batch:
+    """What one step trains on.
 
     Attributes:
-        student: images ``[N, C, H, W]`` to logits; a view on the teacher's parameters if there is a teacher.
-        teacher: the network that owns the parameters, or None without a teacher.
-        extract: returns the student as a plain model of its own.
+        images: ``[N, C, H, W]``, normalised for the student.
+        labels: class indices ``[N]``; of mixed images the class of the larger share.
+        targets: soft targets ``[N, classes]`` of mixed images, else None.
+        indices: number of each image in the training set, ``[N]``.
     """
 
-    student: nn.Module
-    teacher: nn.Module | None
-    extract: Callable[[], nn.Module]
-
-    @property
-    def owner(self) -> nn.Module:
-        """The network whose parameters are trained and whose state_dict is the whole state of the run."""
-        return self.student if self.teacher is None else self.teacher
-
-    def train(self, mode: bool = True) -> None:
-        """Put both networks into training (or evaluation) mode."""
-        self.student.train(mode)
-        if self.teacher is not None:
-            self.teacher.train(mode)
+    images: Tensor
+    labels: Tensor
+    targets: Tensor | None
+    indices: Tensor
 
 
 @dataclass(frozen=True)
-class Part:
-    """One loss of a step, and the logits that it belongs to.
+class Outputs:
+    """What a network returned for a batch.
 
     Attributes:
-        network: "student" or "teacher".
-        loss: scalar with gradient.
-        logits: ``[N, C]``.
+        logits: ``[N, classes]``.
+        features: feature maps ``[N, C, H, W]`` at the ends of its stages, shallow to deep; empty if nobody asked.
+        embedding: the vectors ``[N, D]`` that enter the classifier; None if nobody asked.
     """
 
-    network: str
-    loss: Tensor
     logits: Tensor
+    features: tuple[Tensor, ...] = ()
+    embedding: Tensor | None = None
 
-
-Prepare = Callable[[nn.Module, Tensor, TrainConfig], Networks]
-Step = Callable[[Networks, Tensor, Tensor, TrainConfig], Iterator[Part]]
+    def detach(self) -> Outputs:
+        """Return the same values without their history."""
+        embedding = None if self.embedding is None else self.embedding.detach()
+        return Outputs(self.logits.detach(), tuple(value.detach() for value in self.features), embedding)
 
 
 @dataclass(frozen=True)
-class Method:
-    """A training method.
+class Weights:
+    """The numbers of a loss against a static teacher: ``ce_weight CE + ramp distill_weight loss``.
 
     Attributes:
-        name: key in the registry.
-        parts: names of the networks in the order in which ``step`` yields their losses.
-        prepare: (student, example images, config) to networks; called after the student sits on its device.
-        step: (networks, images ``[N, C, H, W]``, labels ``[N]``, config) to an iterator of ``Part``. The trainer runs
-            the backward pass of each part before it asks for the next one, so only one graph is alive at a time.
-            The step keeps no state, calls no backward and touches no optimizer.
+        ce_weight: weight of the learner's cross entropy.
+        distill_weight: weight of the loss.
+        warmup: epochs over which ``distill_weight`` grows linearly, ``min(epoch / warmup, 1)`` with epoch from 1.
+        temperature: of the softmax, where the loss has one.
+        alpha: DKD's weight of the target class.
+        beta: DKD's weight of the other classes.
     """
 
-    name: str
-    parts: tuple[str, ...]
-    prepare: Prepare
-    step: Step
+    ce_weight: float = 1.0
+    distill_weight: float = 1.0
+    warmup: int = 0
+    temperature: float = 4.0
+    alpha: float = 1.0
+    beta: float = 8.0
+
+    def ramp(self, epoch: int) -> float:
+        """The weight of the loss in an epoch, counted from 1."""
+        return self.distill_weight * (min(epoch / self.warmup, 1.0) if self.warmup else 1.0)
 
 
-_METHODS: dict[str, Method] = {}
+class Distiller(nn.Module):
+    """A loss between one learner and the static teacher; one instance for each learner.
+
+    Its parameters (connectors, embeddings) are trained by the same optimizer and its buffers (memories) are part of
+    the checkpoint, but none of them belongs to a network. It is in train mode during training.
+
+    Args:
+        learner: outputs of the learner for an example batch; only their shapes are read.
+        teacher: the same of the static teacher.
+        weights: the numbers, with the settings of the run filled in.
+        labels: the class of every training image, ``[M]``.
+
+    Attributes:
+        wants_features: whether ``Outputs.features`` has to be filled.
+        wants_embedding: whether ``Outputs.embedding`` has to be filled.
+        allows_mixing: whether mixed images (mixup, cutmix) make sense.
+        defaults: the numbers of the method's paper.
+    """
+
+    wants_features: ClassVar[bool] = False
+    wants_embedding: ClassVar[bool] = False
+    allows_mixing: ClassVar[bool] = True
+    defaults: ClassVar[Weights] = Weights()
+
+    def __init__(self, learner: Outputs, teacher: Outputs, weights: Weights, labels: Tensor) -> None:
+        super().__init__()
+        self.weights = weights
+
+    def forward(self, learner: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
+        """The loss of a batch, a scalar without `Weights.ramp`; the teacher's outputs carry no gradient."""
+        raise NotImplementedError
 
 
-def register(method: Method) -> Method:
-    """Add ``method`` to the registry under its name, which must be new."""
-    if method.name in _METHODS:
-        raise InputError(f"a method named {method.name!r} is registered already")
-    _METHODS[method.name] = method
-    return method
+_DISTILLERS: dict[str, type[Distiller]] = {}
 
 
-def get_method(name: str) -> Method:
-    """Return the registered method of that name."""
-    if name not in _METHODS:
-        hint = near_matches(name, _METHODS)
-        raise InputError(f"unknown method {name!r}{hint}; known methods: {', '.join(sorted(_METHODS))}")
-    return _METHODS[name]
+def distiller(name: str) -> Callable[[type[Distiller]], type[Distiller]]:
+    """Register a `Distiller` under ``name``, which must be new; ``--method`` knows it then."""
+
+    def register(kind: type[Distiller]) -> type[Distiller]:
+        if name in _DISTILLERS or name in ("gpd", "baseline") or "+" in name:
+            raise InputError(f"a method cannot be named {name!r}: the name is taken or holds a +")
+        _DISTILLERS[name] = kind
+        return kind
+
+    return register
 
 
-def expanded(student: nn.Module, ratio: int, example: Tensor, config: TrainConfig) -> nn.Module:
-    """Return the student widened by ``ratio``, with the branches that the settings ask for."""
-    return reparam.expand(
-        student,
-        ratio,
-        branches=config.branches,
-        init=config.branch_init or "student",
-        example_input=example,
-        noise=config.noise,
-    )
+def get_distiller(name: str) -> type[Distiller]:
+    """Return the registered loss of that name."""
+    if name not in _DISTILLERS:
+        known = sorted([*_DISTILLERS, "gpd", "baseline"])
+        raise InputError(f"unknown method {name!r}{near_matches(name, known)}; known methods: {', '.join(known)}")
+    return _DISTILLERS[name]
 
 
-def logits_of(model: nn.Module, images: Tensor) -> Tensor:
-    """Run ``model`` and insist on one tensor of logits ``[N, C]``."""
-    output = model(images)
+def distillers() -> tuple[str, ...]:
+    """Return the names of all registered losses."""
+    return tuple(sorted(_DISTILLERS))
+
+
+def weights_of(config: TrainConfig, kind: type[Distiller]) -> Weights:
+    """Return the defaults of a loss with what the settings say otherwise."""
+    wished = {
+        "ce_weight": config.ce_weight,
+        "distill_weight": config.distill_weight,
+        "warmup": config.distill_warmup,
+        "temperature": config.temperature,
+        "alpha": config.alpha,
+        "beta": config.beta,
+    }
+    values = {**vars(kind.defaults), **{name: value for name, value in wished.items() if value is not None}}
+    return Weights(**values)
+
+
+def cross_entropy(logits: Tensor, batch: Batch, config: TrainConfig) -> Tensor:
+    """Cross entropy with the labels, or with the soft targets of mixed images (smoothed already)."""
+    if batch.targets is not None:
+        return F.cross_entropy(logits, batch.targets)
+    return F.cross_entropy(logits, batch.labels, label_smoothing=config.label_smoothing)
+
+
+def logits_in(output: object) -> Tensor:
+    """Insist that a model returned one tensor of logits ``[N, classes]``."""
     if not isinstance(output, Tensor) or output.ndim != 2:
         found = f"a tensor of shape {list(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
         raise ModelError(f"training needs a model that returns logits [N, classes], this one returns {found}")
     return output
+
+
+def logits_of(model: nn.Module, images: Tensor) -> Tensor:
+    """Run ``model`` and insist on one tensor of logits ``[N, C]``."""
+    return logits_in(model(images))
+
+
+__all__ = [
+    "Batch",
+    "Distiller",
+    "Outputs",
+    "Weights",
+    "cross_entropy",
+    "distiller",
+    "distillers",
+    "get_distiller",
+    "logits_in",
+    "logits_of",
+    "weights_of",
+]

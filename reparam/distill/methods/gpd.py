@@ -1,47 +1,40 @@
-"""Generative parameter distillation from scratch: the student learns from the larger network that it lives in.
+"""Gap Preserving Distillation: the student learns from the larger network that it lives in (Guo et al., ICLR 2025).
 
-``L = CE(T, y) + CE(S, y) + w * SCE(S, softmax(T))`` with the teacher detached in the last term, temperature 1 and
-w = 3. Teacher and student share all parameters; their gradients add up before one optimizer step.
+``L = CE(T, y) + CE(S, y) + w soft(S, T)``, with the dynamic teacher T detached in the last term and w = 3, and for each
+of both, if there is a static teacher Z, the loss of the method beside it: ``+ D(T, Z) + D(S, Z)`` (Algorithm 1).
+Teacher and student share all parameters; their gradients add up before one optimizer step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import reparam
 from reparam.distill.config import TrainConfig
-from reparam.distill.losses import smoothed_cross_entropy
-from reparam.distill.methods.base import Method, Networks, Part, expanded, logits_of, register
+from reparam.distill.losses import soft_loss
 
 
-def prepare(student: nn.Module, example: Tensor, config: TrainConfig) -> Networks:
-    """Expand the student into its dynamic teacher and take the view of the student on the teacher's parameters."""
-    teacher = expanded(student, config.ratio, example, config)
-    view = reparam.student_view(teacher)
-    return Networks(student=view, teacher=teacher, extract=lambda: reparam.extract(teacher))
+def dynamic_teacher(student: nn.Module, ratio: int, example: Tensor, config: TrainConfig) -> nn.Module:
+    """Return the student widened by ``ratio``, with the branches that the settings ask for."""
+    return reparam.expand(
+        student,
+        ratio,
+        branches=config.branches,
+        init=config.branch_init or "student",
+        example_input=example,
+        noise=config.noise,
+    )
 
 
-def step(networks: Networks, images: Tensor, labels: Tensor, config: TrainConfig) -> Iterator[Part]:
-    """Yield the teacher's loss, then the student's.
+def soft_term(student: Tensor, teacher: Tensor, config: TrainConfig, epoch: int) -> Tensor | None:
+    """The student's loss against the dynamic teacher, weighted; None before the epoch in which it starts.
 
-    Because the teacher is detached in the student's loss, its graph can go before the student's is built: the gradient
-    is the same and the peak memory lower.
+    Args:
+        student: logits ``[N, classes]``.
+        teacher: logits of the dynamic teacher; detached.
+        config: ``kd_loss``, ``kd_smoothing``, ``kd_weight`` and ``kd_start_epoch`` are read.
+        epoch: from 1.
     """
-    assert networks.teacher is not None  # prepare() made one
-    teacher_logits = logits_of(networks.teacher, images)
-    yield Part("teacher", _cross_entropy(teacher_logits, labels, config), teacher_logits)
-    teacher_logits = teacher_logits.detach()
-    student_logits = logits_of(networks.student, images)
-    soft_loss = smoothed_cross_entropy(student_logits, teacher_logits, config.kd_smoothing)
-    loss = _cross_entropy(student_logits, labels, config) + config.kd_weight * soft_loss
-    yield Part("student", loss, student_logits)
-
-
-def _cross_entropy(logits: Tensor, labels: Tensor, config: TrainConfig) -> Tensor:
-    return F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
-
-
-GPD = register(Method("gpd", parts=("teacher", "student"), prepare=prepare, step=step))
+    if epoch < config.kd_start_epoch or config.kd_weight == 0:
+        return None
+    return config.kd_weight * soft_loss(student, teacher, config.kd_loss, config.kd_smoothing)

@@ -7,6 +7,7 @@ from reparam.distill.models.cifar_resnet import (
     cifar_resnet8_w8,
     cifar_resnet20,
 )
+from reparam.distill.models.cifar_resnet_four import CifarFourStageResNet
 from reparam.distill.models.cifar_shufflenet import CifarShuffleNet, CifarShuffleNetV2
 from reparam.distill.models.cifar_vgg import CifarVGG
 from reparam.distill.models.cifar_wrn import CifarWideResNet
@@ -15,6 +16,7 @@ from reparam.distill.models.plain_cnn import PlainCNN
 from reparam.distill.models.rvt import RobustVisionTransformer
 
 __all__ = [
+    "CifarFourStageResNet",
     "CifarMobileNetV2",
     "CifarResNet",
     "CifarShuffleNet",

@@ -1,0 +1,195 @@
+"""Which part of GPD helps, and against what: all arms of a comparison, several seeds, one JSON.
+
+    python benchmarks/evidence.py --data fashion-mnist:DIR --limit-train 10000 --model cifar_resnet8_w8 --epochs 15 \
+        --static cifar_resnet20 --seeds 0,1,2,3,4 --runs RUNS
+
+Arms: the plain student at lr and at ratio^2 lr (the student inside a teacher takes an effective step that much larger),
+both also for ``--compute`` times the epochs (what a GPD epoch costs); branches alone; GPD without and with branches;
+and with a static teacher, which is trained first: KD, DKD, GPD with DKD. Averaged weights (EMA) are measured in each
+run.
+A run that is done is not repeated: the same command goes on where an interrupted one stopped.
+Takes every option of ``reparam train`` as the base of all arms. Paths of the measuring machine are not written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import compare_training
+import record
+
+from reparam.distill import files
+from reparam.distill.command import add_arguments, config_from
+from reparam.distill.config import TrainConfig
+from reparam.distill.distributed import resolve_device
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One line of the table: settings that differ from the base, and which trained teacher they need."""
+
+    name: str
+    changes: dict[str, Any]
+    static: bool = False
+
+
+def arms(base: TrainConfig, branches: str, compute: int) -> list[Arm]:
+    lr = base.resolved().lr or 0.0
+    wide = lr * base.ratio**2
+    plain: dict[str, Any] = {"method": "baseline"}
+    milestones = base.milestones and tuple(epoch * compute for epoch in base.milestones)
+    long = {"epochs": base.epochs * compute, "milestones": milestones}
+    return [
+        Arm(f"baseline, lr {lr:g}", {**plain, "lr": lr}),
+        Arm(f"baseline, lr {wide:g}", {**plain, "lr": wide}),
+        Arm(f"baseline, lr {lr:g}, {compute}x epochs", {**plain, "lr": lr, **long}),
+        Arm(f"baseline, lr {wide:g}, {compute}x epochs", {**plain, "lr": wide, **long}),
+        Arm(f"{branches} alone", {**plain, "branches": branches}),
+        Arm("GPD without branches", {"method": "gpd"}),
+        Arm(f"GPD with {branches}", {"method": "gpd", "branches": branches}),
+        Arm("KD", {"method": "kd"}, static=True),
+        Arm("DKD", {"method": "dkd"}, static=True),
+        Arm(f"GPD with {branches} + DKD", {"method": "gpd+dkd", "branches": branches}, static=True),
+        Arm("GPD without branches, lr scaled", {"method": "gpd", "lr_scale": "student"}),
+        Arm("GPD without branches, no soft loss", {"method": "gpd", "kd_weight": 0.0}),
+    ]
+
+
+DEFAULT_ARMS = 10
+"""How many of the arms run without being asked for; the others look for reasons."""
+
+
+def main() -> int:
+    options = _parse()
+    base = config_from(options)
+    chosen = _chosen(arms(base, options.with_branches, options.compute), options)
+    runs = options.runs.expanduser()
+    runs.mkdir(parents=True, exist_ok=True)
+    seeds = options.seeds or (0, 1, 2, 3, 4)
+    device = resolve_device(base.device)
+    started = time.monotonic()
+    static = runs / "static"
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        if any(arm.static for arm in chosen):
+            teacher = {"method": "baseline", "model": options.static, "epochs": options.static_epochs or base.epochs}
+            pool.submit(run, dataclasses.replace(base, **teacher, seed=1000, output=str(static))).result()
+        waiting = [(arm, seed) for seed in seeds for arm in chosen]
+        futures = {}
+        while waiting or futures:
+            late = options.minutes is not None and time.monotonic() - started > 60 * options.minutes
+            while waiting and not late and len(futures) < options.jobs:
+                arm, seed = waiting.pop(0)
+                futures[pool.submit(run, _config(base, arm, seed, runs, options, static))] = arm, seed
+            if not futures:
+                break
+            done = next(as_completed(futures))
+            arm, seed = futures.pop(done)
+            summary = done.result()
+            print(f"seed {seed}  {arm.name}: {summary['student_top1']:.2f} ({summary['seconds']:.0f} s)", flush=True)
+            _write(options, base, chosen, seeds, runs, device)
+    _write(options, base, chosen, seeds, runs, device)
+    return 0
+
+
+def run(config: TrainConfig) -> dict[str, Any]:
+    from reparam.distill.trainer import train
+
+    return train(dataclasses.replace(config, resume="auto", quiet=True), command=["benchmarks/evidence.py"])
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="evidence.py")
+    add_arguments(parser)
+    own = parser.add_argument_group("evidence")
+    own.add_argument("--static", default="cifar_resnet20", help="network of the static teacher")
+    own.add_argument("--static-epochs", type=int, help="its epochs (default: --epochs)")
+    own.add_argument("--with-branches", default="orepa", help="recipe of the arms with branches")
+    own.add_argument("--compute", type=int, default=5, help="how many times the epochs cost what GPD costs")
+    own.add_argument("--arms", help="parts of the names of arms to run, separated by |")
+    own.add_argument("--jobs", type=int, default=1, help="runs at the same time")
+    own.add_argument("--minutes", type=float, help="start no more runs after this time")
+    own.add_argument("--runs", type=Path, required=True, help="folder for the runs; finished ones are not repeated")
+    own.add_argument("--result", type=Path, help="JSON file to write (default: in benchmarks/results/)")
+    options = parser.parse_args()
+    if hasattr(options, "output") or hasattr(options, "resume"):
+        parser.error("--runs names the folder of all runs; --output and --resume are not for this command")
+    return options
+
+
+def _chosen(found: list[Arm], options: argparse.Namespace) -> list[Arm]:
+    if options.arms is None:
+        return found[:DEFAULT_ARMS]
+    parts = options.arms.split("|")
+    chosen = [arm for arm in found if any(part in arm.name for part in parts)]
+    if not chosen:
+        sys.exit(f"no arm matches {options.arms!r}; arms: {'; '.join(arm.name for arm in found)}")
+    return chosen
+
+
+def _config(
+    base: TrainConfig, arm: Arm, seed: int, runs: Path, options: argparse.Namespace, static: Path
+) -> TrainConfig:
+    changes = dict(arm.changes)
+    if arm.static:
+        changes |= {"teacher": options.static, "teacher_checkpoint": str(static)}
+    return dataclasses.replace(base, **changes, seed=seed, output=str(_folder(runs, arm, seed)))
+
+
+def _folder(runs: Path, arm: Arm, seed: int) -> Path:
+    words = "".join(letter if letter.isalnum() or letter == "." else " " for letter in arm.name).split()
+    return runs / f"{'-'.join(words)}-seed{seed}"
+
+
+def _write(
+    options: argparse.Namespace, base: TrainConfig, chosen: list[Arm], seeds: tuple[int, ...], runs: Path, device: Any
+) -> None:
+    rows = [row for arm in chosen if (row := _row(arm, seeds, runs)) is not None]
+    if not rows:
+        return
+    kind = base.data.partition(":")[0]
+    name = f"evidence-{kind}-{base.model.rpartition(':')[2]}-{base.epochs}-epochs.json"
+    config = {key: value for key, value in dataclasses.asdict(base.resolved()).items() if key not in _PATHS}
+    content: dict[str, Any] = {"arms": rows, "config": {**config, "data": kind}, "compute": options.compute}
+    teacher = runs / "static" / files.SUMMARY
+    if any(arm.static for arm in chosen) and teacher.is_file():
+        summary = files.read_json(teacher)
+        content["static"] = {"model": options.static, "epochs": summary["epochs"], "top1": summary["student_top1"]}
+    origin = record.provenance(compare_training.command(kind, "evidence.py", ("--result", "--runs")), device)
+    target = options.result or record.RESULTS / name
+    files.write_json(target, {**content, **origin})
+
+
+_PATHS = ("output", "checkpoint", "resume", "teacher_checkpoint")
+
+
+def _row(arm: Arm, seeds: tuple[int, ...], runs: Path) -> dict[str, Any] | None:
+    summaries = {}
+    for seed in seeds:
+        path = _folder(runs, arm, seed) / files.SUMMARY
+        if path.is_file():
+            summaries[seed] = files.read_json(path)
+    if not summaries:
+        return None
+    found = list(summaries.values())
+    row: dict[str, Any] = {"name": arm.name, "seeds": list(summaries), "epochs": found[0]["epochs"]}
+    for key in ("student_top1", "student_ema_top1", "teacher_top1"):
+        values = [summary[key] for summary in found if summary[key] is not None]
+        if values:
+            spread = statistics.stdev(values) if len(values) > 1 else None
+            row[key] = {"values": values, "mean": statistics.mean(values), "std": spread}
+    row["seconds"] = [summary["seconds"] for summary in found]
+    row["parameters"] = found[0]["parameters"]
+    row["parity_max_rel"] = max(summary["parity"]["max_rel"] for summary in found)
+    return row
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,202 @@
+"""One optimizer step: precision, accumulation, several processes, clipping, averaged weights."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3, distribute_bn  # type: ignore[attr-defined]
+from torch import Tensor, nn
+
+from reparam.distill.config import TrainConfig
+from reparam.distill.distributed import Group, SyncStatistics
+from reparam.distill.meter import Meter
+from reparam.distill.methods.base import Batch, Outputs
+from reparam.distill.networks import Learners, Networks, parts
+from reparam.distill.statics import StaticTeacher
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Engine:
+    """Runs optimizer steps over the learners of a run.
+
+    Args:
+        learners: networks and losses, on their device.
+        static: the static teacher, or None.
+        optimizer: over the learners' parameters.
+        scheduler: of the learning rate, by steps.
+        config: the settings.
+        group: the processes.
+    """
+
+    def __init__(
+        self,
+        learners: Learners,
+        static: StaticTeacher | None,
+        optimizer: torch.optim.Optimizer,
+        scheduler: Scheduler,
+        config: TrainConfig,
+        group: Group,
+    ) -> None:
+        self.learners, self.static, self.config, self.group = learners, static, config, group
+        self.optimizer, self.scheduler = optimizer, scheduler
+        self.scaler = torch.amp.GradScaler(group.device.type, enabled=config.precision == "fp16")
+        self.ema = (
+            ModelEmaV3(learners.owner, decay=config.ema, use_warmup=config.ema_warmup, foreach=True)
+            if config.ema
+            else None
+        )
+        self._distributed: nn.Module = learners
+        if group.world > 1:
+            device_ids = [group.device] if group.device.type == "cuda" else None
+            # Statistics are reduced at the end of an epoch, or synchronised in the norms (--sync-bn): never broadcast.
+            self._distributed = nn.parallel.DistributedDataParallel(
+                learners, device_ids=device_ids, broadcast_buffers=False
+            )
+        self._trained = [parameter for parameter in learners.parameters() if parameter.requires_grad]
+
+    @property
+    def networks(self) -> Networks:
+        """The networks in training."""
+        return self.learners.networks
+
+    def averaged(self) -> Networks | None:
+        """The networks with averaged weights, in evaluation mode; None without averaging."""
+        if self.ema is None:
+            return None
+        networks = self.networks.of(self.ema.module)
+        networks.train(False)
+        return networks
+
+    def step(self, batch: Batch, epoch: int, steps: int, meter: Meter) -> None:
+        """Take optimizer step number ``steps`` (from 1) on this process's part of a batch."""
+        self.optimizer.zero_grad(set_to_none=True)
+        pieces = _split(self.placed(batch), self.config.accumulate)
+        for number, piece in enumerate(pieces, 1):
+            self._backward(piece, epoch, meter, 1 / len(pieces), number == len(pieces))
+        if self.config.clip_grad:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self._trained, self.config.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.scheduler.step_update(steps)
+        if self.ema is not None:
+            self.ema.update(self.learners.owner, step=steps + 1 if self.config.ema_warmup else None)
+
+    def placed(self, batch: Batch) -> Batch:
+        """Give images and soft targets the dtype and memory format of the run."""
+        targets = batch.targets if batch.targets is None else batch.targets.to(batch.images.dtype)
+        return Batch(self.images(batch.images), batch.labels, targets, batch.indices)
+
+    def images(self, images: Tensor) -> Tensor:
+        """Give images the dtype and memory format of the run."""
+        if self.config.precision == "fp64":
+            images = images.double()
+        return images.contiguous(memory_format=torch.channels_last) if self.config.channels_last else images
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context in which networks run."""
+        dtype = _AUTOCAST.get(self.config.precision)
+        return nullcontext() if dtype is None else torch.autocast(self.group.device.type, dtype)
+
+    def end_epoch(self) -> None:
+        """Give all processes the mean of their norm statistics, also of the averaged weights."""
+        if self.group.world == 1:
+            return
+        for network in (self.learners, self.ema):
+            if network is not None:
+                distribute_bn(network, self.group.world, reduce=True)
+
+    def _backward(self, batch: Batch, epoch: int, meter: Meter, share: float, last: bool) -> None:
+        """Forward and backward of each learner; gradients travel between processes in the last of all only."""
+        names = self.learners.names
+        synchronised = SyncStatistics() if self.config.sync_bn and self.group.world > 1 else nullcontext()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(synchronised)
+            stack.enter_context(self.autocast())
+            losses = parts(self.learners, self._run, self.static, batch, self.config, epoch)
+            for name in names:
+                final = last and name == names[-1]
+                with nullcontext() if final else self._unreduced():
+                    part = next(losses)
+                    meter.add(part.network, part.loss, part.logits, batch.labels, share)
+                    with torch.autocast(self.group.device.type, enabled=False):
+                        loss = _joined(part.loss, self._trained) if final and self.group.world > 1 else part.loss
+                        self.scaler.scale(loss * share).backward()
+
+    def _run(self, name: str, images: Tensor) -> Outputs:
+        outputs: Outputs = self._distributed(name, images)
+        return outputs
+
+    def _unreduced(self) -> AbstractContextManager[Any]:
+        network = self._distributed
+        return network.no_sync() if isinstance(network, nn.parallel.DistributedDataParallel) else nullcontext()
+
+    def state(self) -> dict[str, Any]:
+        """Return everything that changes during training."""
+        return {
+            "owner": self.learners.owner.state_dict(),
+            "losses": self.learners.losses.state_dict(),
+            "ema": None if self.ema is None else self.ema.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load(self, state: Mapping[str, Any], steps: int) -> None:
+        """Go back to a state after that many steps."""
+        self.learners.owner.load_state_dict(state["owner"], strict=True)
+        self.learners.losses.load_state_dict(state["losses"], strict=True)
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["ema"], strict=True)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.scheduler.step_update(steps)
+
+
+class _Joined(torch.autograd.Function):
+    """The loss itself; its backward pass visits parameters that the loss does not depend on.
+
+    DistributedDataParallel waits for every parameter in the one backward pass that it reduces. The student's loss does
+    not reach the connectors of the dynamic teacher, whose gradients come from an earlier pass, nor parameters that a
+    network has and does not use.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.count = len(parameters)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return (gradients[0], *[None] * ctx.count)
+
+
+def _joined(loss: Tensor, parameters: list[nn.Parameter]) -> Tensor:
+    result: Tensor = _Joined.apply(loss, *parameters)
+    return result
+
+
+def _split(batch: Batch, count: int) -> list[Batch]:
+    if count == 1:
+        return [batch]
+    size = -(-len(batch.images) // count)
+    images, labels, indices = (value.split(size) for value in (batch.images, batch.labels, batch.indices))
+    targets: Sequence[Tensor | None] = [None] * len(images) if batch.targets is None else batch.targets.split(size)
+    return [Batch(*columns) for columns in zip(images, labels, targets, indices, strict=True)]
+
+
+@contextmanager
+def precision(config: TrainConfig) -> Iterator[None]:
+    """Inside this context float32 products use TF32 exactly if the settings say so."""
+    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    wanted = config.precision in ("tf32", "bf16", "fp16")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = wanted
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn

@@ -1,0 +1,100 @@
+"""``reparam evaluate``: the table at the end of a run, made again from the run's files."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import reparam
+import reparam.distill.models  # registers the networks with timm
+from reparam.distill import evaluate, files, report
+from reparam.distill.config import TrainConfig
+from reparam.distill.config import options as settings
+from reparam.distill.data import load_source
+from reparam.distill.distributed import resolve_device
+from reparam.distill.evaluate import Entry
+from reparam.distill.finish import EMA, entries_of
+from reparam.distill.loaders import make_loader
+from reparam.distill.networks import Networks
+from reparam.distill.students import build, check_fit
+from reparam.errors import FormatError, InputError
+from reparam.models import load_weights
+from reparam.provenance import provenance
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run ``reparam evaluate`` with its parsed options."""
+    return evaluate_run(options.folder, options.data, options.device, options.batch_size, options.json)
+
+
+def evaluate_run(
+    folder: str, data: str | None = None, device: str = "auto", batch_size: int | None = None, json: str | None = None
+) -> int:
+    """Measure the networks of a finished (or stopped) run and print the table.
+
+    Args:
+        folder: output folder of the run.
+        data: where the test data is; default: where the run found it.
+        device: where to compute.
+        batch_size: images at a time; default: that of the run.
+        json: file to write the table into.
+
+    Returns:
+        0, or 1 if networks that should be equal differ.
+
+    Raises:
+        InputError: the folder holds no run.
+        FormatError: a file of the run is damaged or does not fit.
+    """
+    path = Path(folder).expanduser()
+    config = _config_of(path)
+    changes: dict[str, Any] = {"data": data, "batch_size": batch_size}
+    config = dataclasses.replace(config, **{name: value for name, value in changes.items() if value is not None})
+    place = resolve_device(device)
+    source = load_source(config.data)
+    classes = len(source.classes)
+    student = build(config.model, classes, source.in_chans).to(place)
+    loader = make_loader(source, config, student, place)
+    example = next(iter(loader.test()))[0][:2]
+    check_fit(student, example, loader.facts, config.model)
+    entries: list[Entry] = []
+    for suffix, own, wide in (("", files.STUDENT, files.TEACHER), (EMA, files.STUDENT_EMA, files.TEACHER_EMA)):
+        if (path / own).is_file():
+            entries += _entries(student, path / own, path / wide, example, suffix)
+    with torch.no_grad():
+        rows = evaluate.measure(entries, loader.test())
+    table = [dataclasses.asdict(row) for row in rows]
+    print(f"{path}: {config.model} on {loader.facts.test_images:,} test images of {loader.facts.name}")
+    print(report.networks_table(table))
+    if json is not None:
+        files.write_json(Path(json), {"table": table, **provenance(f"reparam evaluate {path.name}", place)})
+    return 0 if all(row.passed for row in rows if row.same_as is not None) else 1
+
+
+def _entries(student: nn.Module, own: Path, wide: Path, example: torch.Tensor, suffix: str) -> list[Entry]:
+    """The rows for one set of weights; without a teacher the student as trained is the extracted one."""
+    load_weights(student, own)
+    student.eval()
+    extracted = copy.deepcopy(student)
+    if wide.is_file():
+        teacher = reparam.load(wide, student).to(example.device).eval()
+        return entries_of(Networks(reparam.student_view(teacher).eval(), teacher), extracted, example, suffix)
+    return entries_of(Networks(copy.deepcopy(student)), extracted, example, suffix)
+
+
+def _config_of(folder: Path) -> TrainConfig:
+    """The settings of the run in ``folder``."""
+    if not (folder / files.CONFIG).is_file() or not (folder / files.STUDENT).is_file():
+        raise InputError(f"{folder} is no output folder of reparam train: it lacks {files.CONFIG} or {files.STUDENT}")
+    saved = files.read_json(folder / files.CONFIG).get("config", {})
+    unknown = sorted(set(saved) - set(settings()))
+    if unknown:
+        raise FormatError(f"{folder / files.CONFIG} was written by another version: unknown {', '.join(unknown)}")
+    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()}
+    return TrainConfig(**values)

@@ -1,0 +1,57 @@
+"""Losses and training accuracy of an epoch, collected without waiting for the device at every step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reparam.distill.distributed import Group
+
+
+class Meter:
+    """Sums over the steps of an epoch, of this process.
+
+    Args:
+        names: of the networks that have a loss.
+        group: the processes; results are those of all.
+        state: of an earlier part of the same epoch, see `state`.
+    """
+
+    def __init__(self, names: tuple[str, ...], group: Group, state: dict[str, Any] | None = None) -> None:
+        self.names, self._group = names, group
+        kind = torch.float32 if group.device.type == "mps" else torch.float64
+        self._sums = torch.zeros(len(names), 3, dtype=kind, device=group.device)
+        if state is not None and group.main:
+            self._sums += state["sums"].to(self._sums)
+        self._recent: list[tuple[str, Tensor]] = []
+
+    def add(self, name: str, loss: Tensor, logits: Tensor, labels: Tensor, share: float) -> None:
+        """Take in the loss of a network; ``share`` is how much of a step it stands for."""
+        row = self._sums[self.names.index(name)]
+        loss = loss.detach()
+        row[0] += loss * share
+        row[1] += (logits.detach().argmax(dim=1) == labels).sum()
+        row[2] += len(labels)
+        self._recent.append((name, loss))
+
+    def bad(self) -> str | None:
+        """Name the first loss since the last call that was NaN or Inf, in this process; None if all are finite."""
+        recent, self._recent = self._recent, []
+        if not recent or bool(torch.stack([loss.isfinite() for _, loss in recent]).all()):
+            return None
+        return next(f"the {name}'s loss is {loss.item()}" for name, loss in recent if not bool(loss.isfinite()))
+
+    def averages(self, steps: int) -> dict[str, float]:
+        """Return mean loss and training accuracy in percent of each network, over all processes."""
+        sums = self._group.sum(self._sums).tolist()
+        averages = {}
+        for name, (loss, correct, count) in zip(self.names, sums, strict=True):
+            averages[f"{name}_loss"] = loss / steps / self._group.world
+            averages[f"{name}_train_top1"] = 100 * correct / count
+        return averages
+
+    def state(self) -> dict[str, Any]:
+        """Return the sums of all processes, for a checkpoint in the middle of an epoch."""
+        return {"sums": self._group.sum(self._sums).cpu()}

@@ -1,0 +1,239 @@
+"""The networks of a run, and the losses of a step over them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+import reparam
+from reparam.distill.config import TrainConfig
+from reparam.distill.losses import standardise
+from reparam.distill.methods.base import (
+    Batch,
+    Distiller,
+    Outputs,
+    cross_entropy,
+    get_distiller,
+    logits_in,
+    weights_of,
+)
+from reparam.distill.methods.gpd import dynamic_teacher, soft_term
+from reparam.distill.statics import StaticTeacher
+from reparam.errors import InputError
+
+STUDENT, TEACHER = "student", "teacher"
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The learners of a run.
+
+    Attributes:
+        student: images ``[N, C, H, W]`` to logits; a view on the teacher's parameters if there is a dynamic teacher.
+        teacher: the dynamic teacher, which owns the parameters, or None without one.
+        branched: the network that owns the parameters of a student with branches but without a wider teacher.
+    """
+
+    student: nn.Module
+    teacher: nn.Module | None = None
+    branched: nn.Module | None = None
+
+    @property
+    def owner(self) -> nn.Module:
+        """The network whose parameters are trained and whose state_dict is the whole state of the run."""
+        return self.teacher or self.branched or self.student
+
+    def extract(self) -> nn.Module:
+        """Return the student as a plain model of its own."""
+        return self.student if self.owner is self.student else reparam.extract(self.owner)
+
+    def of(self, owner: nn.Module) -> Networks:
+        """Return the same networks over ``owner``, a copy of this one's owner (the averaged weights)."""
+        if self.owner is self.student:
+            return Networks(owner)
+        view = reparam.student_view(owner)
+        return Networks(view, owner) if self.teacher is not None else Networks(view, branched=owner)
+
+    def train(self, mode: bool = True) -> None:
+        """Put all networks into training (or evaluation) mode."""
+        self.owner.train(mode)
+        self.student.train(mode)
+
+
+def make_networks(student: nn.Module, example: Tensor, config: TrainConfig) -> Networks:
+    """Make what the settings train: the student as it is, with branches, or inside a dynamic teacher.
+
+    Args:
+        student: on its device; a run with a teacher leaves it untouched.
+        example: images ``[N, C, H, W]``.
+        config: the settings.
+    """
+    if config.gpd:
+        teacher = dynamic_teacher(student, config.ratio, example, config)
+        return Networks(reparam.student_view(teacher), teacher)
+    if config.branches is not None:
+        branched = dynamic_teacher(student, 1, example, config)
+        return Networks(reparam.student_view(branched), branched=branched)
+    return Networks(student)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One loss of a step, and the logits that it belongs to.
+
+    Attributes:
+        network: "student" or "teacher".
+        loss: scalar with gradient.
+        logits: ``[N, classes]``.
+    """
+
+    network: str
+    loss: Tensor
+    logits: Tensor
+
+
+class Learners(nn.Module):
+    """Everything with gradients in one module: the network that owns the parameters, and connectors of the losses.
+
+    One module, so that DistributedDataParallel reduces the gradients of a step once: its ``forward`` runs one of the
+    learners by name.
+    """
+
+    def __init__(
+        self,
+        networks: Networks,
+        observed: Mapping[str, Callable[[Tensor], Outputs]],
+        losses: Mapping[str, Distiller],
+    ) -> None:
+        super().__init__()
+        self.owner = networks.owner
+        self.losses = nn.ModuleDict(losses)
+        # In tuples: the view's parameters are the owner's, it must be no submodule.
+        self._networks = (networks,)
+        self._observed = (dict(observed),)
+
+    @property
+    def networks(self) -> Networks:
+        """The learners."""
+        return self._networks[0]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the learners in the order of a step: the teacher first, so that the student can learn from it."""
+        return tuple(self._observed[0])
+
+    def forward(self, name: str, images: Tensor) -> Outputs:
+        """Run one learner."""
+        return self._observed[0][name](images)
+
+    def train(self, mode: bool = True) -> Learners:
+        """Switch networks and losses."""
+        super().train(mode)
+        self.networks.train(mode)
+        return self
+
+
+def make_learners(
+    networks: Networks,
+    static: StaticTeacher | None,
+    example: Tensor,
+    labels: Tensor,
+    config: TrainConfig,
+    compiled: Callable[[nn.Module], nn.Module] = lambda module: module,
+) -> Learners:
+    """Put the learners together with the loss against the static teacher, one for each of them.
+
+    Args:
+        networks: the learners.
+        static: the static teacher, told here what to observe; None without one.
+        example: images ``[N, C, H, W]``.
+        labels: the class of every training image ``[M]``.
+        config: the settings.
+        compiled: what to do with a network before it is used, such as ``torch.compile``.
+
+    Raises:
+        InputError: the method needs features and a network has none, or its images must not be mixed.
+    """
+    learning = {TEACHER: networks.teacher, STUDENT: networks.student}
+    present = {name: network for name, network in learning.items() if network is not None}
+    kind = get_distiller(config.distiller) if config.distiller else None
+    present = {name: compiled(network) for name, network in present.items()}
+    if kind is None or static is None:
+        plain = {name: _only_logits(network) for name, network in present.items()}
+        return Learners(networks, plain, {})
+    if not kind.allows_mixing and (config.mixup or config.cutmix):
+        raise InputError(f"--method {config.method}: mixed images have no index; leave out --mixup and --cutmix")
+    observed = {name: _only_logits(network) for name, network in present.items()}
+    shapes = static(example)
+    weights = weights_of(config, kind)
+    losses: dict[str, Distiller] = {}
+    networks.train(False)
+    for name, network in observed.items():
+        if name == STUDENT or config.teacher_distill:
+            with torch.no_grad():
+                losses[name] = kind(network(example), shapes, weights, labels)
+    device, dtype = example.device, example.dtype
+    return Learners(networks, observed, {name: loss.to(device, dtype) for name, loss in losses.items()})
+
+
+def _only_logits(network: nn.Module) -> Callable[[Tensor], Outputs]:
+    return lambda images: Outputs(logits_in(network(images)))
+
+
+def parts(
+    learners: Learners,
+    run: Callable[[str, Tensor], Outputs],
+    static: StaticTeacher | None,
+    batch: Batch,
+    config: TrainConfig,
+    epoch: int,
+) -> Iterator[Part]:
+    """Yield the losses of a step, one learner after the other.
+
+    The caller runs the backward pass of each part before it asks for the next one: the dynamic teacher is detached in
+    the student's loss, so its graph can go before the student's is built. The gradient is the same and the peak memory
+    lower. Nothing here keeps state or touches an optimizer.
+
+    Args:
+        learners: networks and losses.
+        run: (name, images) to the outputs of a learner; ``learners`` itself, or what distributes it.
+        static: the static teacher, or None.
+        batch: what to learn from.
+        config: the settings.
+        epoch: from 1.
+    """
+    answers = None if static is None else static(batch.images)
+    dynamic: Tensor | None = None
+    for name in learners.names:
+        outputs = run(name, batch.images)
+        loss = _against_static(learners, name, outputs, answers, batch, config, epoch)
+        if name == STUDENT and dynamic is not None:
+            soft = soft_term(outputs.logits, dynamic, config, epoch)
+            loss = loss if soft is None else loss + soft
+        dynamic = outputs.logits.detach()
+        yield Part(name, loss, outputs.logits)
+
+
+def _against_static(
+    learners: Learners,
+    name: str,
+    outputs: Outputs,
+    answers: Outputs | None,
+    batch: Batch,
+    config: TrainConfig,
+    epoch: int,
+) -> Tensor:
+    """``ce_weight CE + ramp D``; plain cross entropy where a learner has no loss against the static teacher."""
+    labelled = cross_entropy(outputs.logits, batch, config)
+    if name not in learners.losses or answers is None:
+        return labelled
+    loss = learners.losses[name]
+    assert isinstance(loss, Distiller)  # ModuleDict knows modules only
+    if config.standardise:
+        outputs = replace(outputs, logits=standardise(outputs.logits))
+        answers = replace(answers, logits=standardise(answers.logits))
+    ramp = loss.weights.ramp(epoch)
+    return loss.weights.ce_weight * labelled + ramp * loss(outputs, answers, batch)

@@ -1,0 +1,122 @@
+"""Which values of the settings can work at all; everything that needs data or a model is checked where those are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from reparam.errors import InputError
+
+_AT_LEAST = {
+    "limit_train": 1,
+    "image_size": 1,
+    "shift": 0,
+    "workers": 0,
+    "threads": 1,
+    "noise": 0,
+    "kd_weight": 0,
+    "distill_weight": 0,
+    "ce_weight": 0,
+    "alpha": 0,
+    "beta": 0,
+    "distill_warmup": 0,
+    "kd_start_epoch": 1,
+    "ratio": 1,
+    "epochs": 1,
+    "batch_size": 2,
+    "weight_decay": 0,
+    "warmup_epochs": 0,
+    "cooldown_epochs": 0,
+    "clip_grad": 0,
+    "seed": 0,
+    "mixup": 0,
+    "cutmix": 0,
+    "color_jitter": 0,
+    "repeats": 1,
+    "max_bad_images": 0,
+    "min_lr": 0,
+    "warmup_lr": 0,
+    "accumulate": 1,
+    "limit_batches": 1,
+    "eval_epochs": 1,
+    "keep_best": 0,
+    "save_steps": 1,
+}
+_POSITIVE = ("lr", "decay_epochs", "decay_rate", "temperature", "crop_scale")
+_SHARES = ("label_smoothing", "kd_smoothing", "ema", "drop_path")
+_SHARES_WITH_ONE = ("mix_prob", "mix_switch_prob", "erase", "crop_scale")
+
+
+def check_ranges(config: Any, choices: Mapping[str, tuple[str, ...]]) -> None:
+    """Refuse values out of range and settings that contradict each other.
+
+    Raises:
+        InputError: names the option, its value and what it could be.
+    """
+    if isinstance(config.ratio, bool) or not isinstance(config.ratio, int):
+        raise InputError(
+            f"--ratio of a training run is one int for all layers, got {config.ratio!r}; reparam.expand and "
+            "reparam.plan take a mapping"
+        )
+    for name, lowest in _AT_LEAST.items():
+        _require(config, name, lambda value, lowest=lowest: value >= lowest, f"be at least {lowest}")
+    for name in _POSITIVE:
+        _require(config, name, lambda value: value > 0, "be positive")
+    for name in _SHARES:
+        _require(config, name, lambda value: 0 <= value < 1, "lie in [0, 1)")
+    for name in _SHARES_WITH_ONE:
+        _require(config, name, lambda value: 0 <= value <= 1, "lie in [0, 1]")
+    for name, allowed in choices.items():
+        value = getattr(config, name)
+        if value is not None and value not in allowed:
+            raise InputError(f"{flag(name)} must be one of {', '.join(allowed)}, got {value!r}")
+    _check_together(config)
+
+
+def flag(name: str) -> str:
+    """Return how a setting is spelled on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def _require(config: Any, name: str, holds: Any, what: str) -> None:
+    value = getattr(config, name)
+    if value is not None and not holds(value):
+        raise InputError(f"{flag(name)} must {what}, got {value}")
+
+
+def _check_together(config: Any) -> None:
+    if config.branch_init is not None and config.branches is None:
+        raise InputError("--branch-init says how branches start, and there are none; add --branches")
+    if config.warmup_epochs >= config.epochs and config.warmup_epochs > 1:
+        raise InputError(f"--warmup-epochs {config.warmup_epochs} leaves nothing of --epochs {config.epochs}")
+    if config.cooldown_epochs and config.warmup_epochs + config.cooldown_epochs >= config.epochs:
+        raise InputError(f"--cooldown-epochs {config.cooldown_epochs} leaves nothing of --epochs {config.epochs}")
+    if config.checkpoint is not None and config.pretrained:
+        raise InputError("--checkpoint and --pretrained were both given; choose the weights to start from")
+    if config.schedule == "multistep" and not config.milestones:
+        raise InputError("--schedule multistep needs --milestones, the epochs after which the learning rate decays")
+    if config.teacher_checkpoint is not None and config.teacher is None:
+        raise InputError(
+            "--teacher-checkpoint holds the weights of the static teacher; name its network with --teacher"
+        )
+    if config.batch_size % config.accumulate:
+        raise InputError(f"--accumulate {config.accumulate} does not divide --batch-size {config.batch_size}")
+    _check_method(config)
+
+
+def _check_method(config: Any) -> None:
+    names = config.method.split("+")
+    static = [name for name in names if name not in ("gpd", "baseline")]
+    if len(set(names)) != len(names) or "" in names or len(static) > 1 or ("baseline" in names and len(names) > 1):
+        raise InputError(
+            f"--method is baseline, gpd, one loss against a static teacher, or gpd+LOSS; got {config.method!r}"
+        )
+    if static and config.teacher is None:
+        raise InputError(
+            f"--method {config.method}: {static[0]} compares with a static teacher; name it with --teacher"
+        )
+    if not static and config.teacher is not None:
+        raise InputError(
+            f"--teacher {config.teacher}: --method {config.method} uses no static teacher; write "
+            f"{'gpd+dkd' if config.method == 'gpd' else 'dkd'}, or leave --teacher out"
+        )
