@@ -1,0 +1,27 @@
+"""Relational distillation: distances and angles among the images of a batch (Park et al., CVPR 2019)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from reparam.distill.losses import pair_embeddings, rkd
+from reparam.distill.methods.base import Batch, Distiller, Outputs, Weights, distiller
+
+
+@distiller("rkd")
+class RKD(Distiller):
+    """``CE + 25 distances + 50 angles`` of what enters the classifiers; batches of 3 images or more.
+
+    Source: Park et al., "Relational Knowledge Distillation" (CVPR 2019), equations 5 to 10; weights of mdistiller.
+    """
+
+    wants_embedding = True
+    defaults = Weights(distill_weight=1.0)
+
+    def __init__(self, learner: Outputs, teacher: Outputs, weights: Weights, labels: Tensor) -> None:
+        super().__init__(learner, teacher, weights, labels)
+        pair_embeddings(learner.embedding, teacher.embedding)
+
+    def forward(self, learner: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
+        """See `Distiller`."""
+        return rkd(*pair_embeddings(learner.embedding, teacher.embedding))
