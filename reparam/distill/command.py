@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from reparam.distill.config import Option, TrainConfig, options
@@ -136,12 +137,32 @@ def _add(group: Any, name: str, option: Option, default: Any, shown: bool) -> No
     kinds: dict[Any, str] = {int: "N", float: "X"}
     group.add_argument(
         flag,
-        type=option.type,
+        type=_or_none(option) if default is None else option.type,
         default=argparse.SUPPRESS,
-        choices=option.choices,
-        metavar=option.metavar or (None if option.choices else kinds.get(option.type, "NAME")),
+        choices=None if default is None else option.choices,
+        metavar=option.metavar or _metavar(option, default, kinds),
         help=text,
     )
+
+
+def _metavar(option: Option, default: Any, kinds: dict[Any, str]) -> str | None:
+    if option.choices is None:
+        return kinds.get(option.type, "NAME")
+    return "{" + ",".join(option.choices) + "}" if default is None else None
+
+
+def _or_none(option: Option) -> Callable[[str], Any]:
+    """A parser that also takes ``none``, which takes back what a recipe says."""
+
+    def parse(text: str) -> Any:
+        if text == "none":
+            return None
+        if option.choices and text not in option.choices:
+            raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(option.choices)}, none")
+        return option.type(text)
+
+    parse.__name__ = getattr(option.type, "__name__", "value")
+    return parse
 
 
 def _seeds(text: str) -> tuple[int, ...]:

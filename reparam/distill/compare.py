@@ -18,6 +18,7 @@ from reparam.distill.config import TrainConfig
 from reparam.distill.data import load_source
 from reparam.distill.figures import draw_curves
 from reparam.distill.files import open_run_folder
+from reparam.distill.ranges import STATIC_ONLY
 from reparam.distill.report import table
 from reparam.distill.trainer import train
 from reparam.errors import InputError
@@ -40,9 +41,10 @@ def arms(config: TrainConfig) -> list[Arm]:
     factors = [1, config.ratio**2] if config.optimizer == "sgd" else [1, config.ratio, config.ratio**2]
     base_lr = config.lr or 0.0
     found = [Arm(f"{config.method} lr {base_lr:g}", config)]
+    without: dict[str, Any] = dict.fromkeys(STATIC_ONLY) | {"standardise": False}
     for factor in dict.fromkeys(factors):
         plain = dataclasses.replace(
-            config, method="baseline", teacher=None, teacher_checkpoint=None, standardise=False, lr=base_lr * factor
+            config, method="baseline", teacher=None, teacher_checkpoint=None, lr=base_lr * factor, **without
         )
         found.append(Arm(f"baseline lr {base_lr * factor:g}", plain))
     return found

@@ -194,13 +194,14 @@ def _train_transform(config: TrainConfig, facts: Facts) -> Any:
             f"--color-jitter {config.color_jitter:g} has no effect with --auto-augment, which replaces it in timm; "
             "give one of them"
         )
+    jitter: Any = config.color_jitter or None  # None is right, though timm's annotation leaves it out
     try:
         transform = create_transform(
             facts.image_shape,
             is_training=True,
             scale=(config.crop_scale, 1.0),
             hflip=0.5 if facts.flip else 0.0,
-            color_jitter=config.color_jitter or None,
+            color_jitter=jitter,
             auto_augment=config.auto_augment,
             interpolation=config.interpolation,
             mean=facts.mean,

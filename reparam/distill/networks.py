@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import reparam
 from reparam.distill.config import TrainConfig
+from reparam.distill.features import Observed, needs
 from reparam.distill.losses import standardise
 from reparam.distill.methods.base import (
     Batch,
@@ -17,7 +18,6 @@ from reparam.distill.methods.base import (
     Outputs,
     cross_entropy,
     get_distiller,
-    logits_in,
     weights_of,
 )
 from reparam.distill.methods.gpd import dynamic_teacher, soft_term
@@ -160,27 +160,26 @@ def make_learners(
     learning = {TEACHER: networks.teacher, STUDENT: networks.student}
     present = {name: network for name, network in learning.items() if network is not None}
     kind = get_distiller(config.distiller) if config.distiller else None
-    present = {name: compiled(network) for name, network in present.items()}
     if kind is None or static is None:
-        plain = {name: _only_logits(network) for name, network in present.items()}
+        plain = {name: Observed(compiled(network)) for name, network in present.items()}
         return Learners(networks, plain, {})
     if not kind.allows_mixing and (config.mixup or config.cutmix):
         raise InputError(f"--method {config.method}: mixed images have no index; leave out --mixup and --cutmix")
-    observed = {name: _only_logits(network) for name, network in present.items()}
-    shapes = static(example)
+    networks.train(False)
+    wanted = needs(kind)
+    own = wanted.stages(networks.extract().eval(), example, config.model)
+    other = wanted.stages(static.network, static.normalised(example), config.teacher or "")
+    static.observe = Observed(compiled(static.network), other)
+    observed = {name: Observed(compiled(network), own) for name, network in present.items()}
+    answers = static(example)
     weights = weights_of(config, kind)
     losses: dict[str, Distiller] = {}
-    networks.train(False)
     for name, network in observed.items():
         if name == STUDENT or config.teacher_distill:
             with torch.no_grad():
-                losses[name] = kind(network(example), shapes, weights, labels)
+                losses[name] = kind(network(example), answers, weights, labels)
     device, dtype = example.device, example.dtype
     return Learners(networks, observed, {name: loss.to(device, dtype) for name, loss in losses.items()})
-
-
-def _only_logits(network: nn.Module) -> Callable[[Tensor], Outputs]:
-    return lambda images: Outputs(logits_in(network(images)))
 
 
 def parts(

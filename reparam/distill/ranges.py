@@ -47,6 +47,10 @@ _SHARES = ("label_smoothing", "kd_smoothing", "ema", "drop_path")
 _SHARES_WITH_ONE = ("mix_prob", "mix_switch_prob", "erase", "crop_scale")
 
 
+STATIC_ONLY = ("distill_weight", "temperature", "alpha", "beta", "ce_weight", "distill_warmup", "standardise")
+"""Settings of the loss against a static teacher; without one they would have no effect."""
+
+
 def check_ranges(config: Any, choices: Mapping[str, tuple[str, ...]]) -> None:
     """Refuse values out of range and settings that contradict each other.
 
@@ -114,6 +118,11 @@ def _check_method(config: Any) -> None:
     if static and config.teacher is None:
         raise InputError(
             f"--method {config.method}: {static[0]} compares with a static teacher; name it with --teacher"
+        )
+    given = [name for name in STATIC_ONLY if getattr(config, name)]
+    if not static and given:
+        raise InputError(
+            f"{flag(given[0])} belongs to a loss against a static teacher, and --method {config.method} has none"
         )
     if not static and config.teacher is not None:
         raise InputError(

@@ -46,9 +46,11 @@ class Progress:
         """Report a finished epoch, given its row of metrics.csv."""
         parts = [f"epoch {row['epoch']:>3}/{self._epochs}", f"lr {row['lr']:<8.3g}"]
         for network in ("student", "teacher"):
+            if f"{network}_loss" in row:
+                parts.append(f"{network} loss {row[f'{network}_loss']:.4f}")
             if row.get(f"{network}_top1") is not None:
-                parts.append(f"{network} loss {row[f'{network}_loss']:.4f} top-1 {row[f'{network}_top1']:6.2f}%")
-        if "student_ema_top1" in row:
+                parts[-1] += f" top-1 {row[f'{network}_top1']:6.2f}%"
+        if row.get("student_ema_top1") is not None:
             parts.append(f"averaged {row['student_ema_top1']:6.2f}%")
         self.say("  ".join([*parts, f"{row['seconds']:.1f} s"]))
 

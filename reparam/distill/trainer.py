@@ -181,7 +181,8 @@ def _start(
     if config.channels_last:
         networks.owner.to(memory_format=torch.channels_last)
     static = load_static_teacher(config, loader.facts, example) if config.distiller else None
-    learners = make_learners(networks, static, example, loader.labels, config)
+    compiled: Any = torch.compile if config.compile else lambda network: network
+    learners = make_learners(networks, static, example, loader.labels, config, compiled)
     exempt = frozenset(f"owner.{name}" for name in getattr(networks.owner, "no_weight_decay", set)())
     divisors: dict[str, float] = getattr(networks.student, "divisors", dict)()
     scales = {f"owner.{name}": value for name, value in divisors.items()}

@@ -102,7 +102,7 @@ def grid_of(length: int, image: Size) -> Size | None:
         return None
     height = max(1, round(math.sqrt(length * image[0] / image[1])))
     for rows in (height, height - 1, height + 1):
-        if rows > 0 and length % rows == 0 and _deviation((rows, length // rows), image) <= 1:
+        if rows > 0 and length % rows == 0 and _deviation((rows, length // rows), image) < 1:
             return rows, length // rows
     return None
 

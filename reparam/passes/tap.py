@@ -6,12 +6,14 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from reparam.errors import InputError, near_matches
 from reparam.passes.flows import entering, meeting
+from reparam.passes.functionalize import is_inplace
 from reparam.passes.parts import HOST
 from reparam.passes.program import Program
 from reparam.passes.teacher import Teacher
@@ -235,8 +237,37 @@ def _tapped(program: Program, values: dict[str, Any]) -> Callable[..., Any]:
     mapping: dict[fx.Node, fx.Node] = {}
     output = graph.graph_copy(program.graph, mapping)
     nodes = {old.name: new for old, new in mapping.items()}
-    graph.output((output, {name: _nodes(value, nodes) for name, value in values.items() if value is not None}))
+    taken = {name: _nodes(value, nodes) for name, value in values.items() if value is not None}
+    copies = {node: _copy(graph, node) for node in dict.fromkeys(pytree.tree_leaves(taken)) if _is_changed(node)}
+    graph.output((output, fx.node.map_arg(taken, lambda node: copies.get(node, node))))
     return Program(graph).function()
+
+
+def _copy(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    with graph.inserting_after(node):
+        return graph.call_function(torch.clone, (node,))
+
+
+def _is_changed(value: Any) -> bool:
+    """Whether an operator changes a value in place, or what may share its memory."""
+    stack, seen = [value] if isinstance(value, fx.Node) else [], set()
+    while stack:
+        node = stack.pop()
+        for user in node.users if node not in seen else ():
+            if user.args and user.args[0] is node:
+                if is_inplace(user):
+                    return True
+                name = str(user.target if user.op == "call_method" else getattr(user.target, "__name__", ""))
+                stack += [user] if name.strip("_") in _SHARING else []
+        seen.add(node)
+    return False
+
+
+_SHARING = frozenset(
+    "getitem view view_as reshape flatten unflatten transpose swapaxes swapdims permute movedim squeeze unsqueeze chunk "
+    "split unbind narrow select expand contiguous t dropout getattr to detach".split()
+)
+"""Operators whose result may share the memory of their first argument."""
 
 
 def _nodes(value: Any, nodes: dict[str, fx.Node]) -> Any:

@@ -95,12 +95,14 @@ class Distiller(nn.Module):
         wants_features: whether ``Outputs.features`` has to be filled.
         wants_embedding: whether ``Outputs.embedding`` has to be filled.
         allows_mixing: whether mixed images (mixup, cutmix) make sense.
+        numbers: which of temperature, alpha and beta the loss has, and "standardise" if its logits may be.
         defaults: the numbers of the method's paper.
     """
 
     wants_features: ClassVar[bool] = False
     wants_embedding: ClassVar[bool] = False
     allows_mixing: ClassVar[bool] = True
+    numbers: ClassVar[frozenset[str]] = frozenset()
     defaults: ClassVar[Weights] = Weights()
 
     def __init__(self, learner: Outputs, teacher: Outputs, weights: Weights, labels: Tensor) -> None:
@@ -141,7 +143,14 @@ def distillers() -> tuple[str, ...]:
 
 
 def weights_of(config: TrainConfig, kind: type[Distiller]) -> Weights:
-    """Return the defaults of a loss with what the settings say otherwise."""
+    """Return the defaults of a loss with what the settings say otherwise.
+
+    Raises:
+        InputError: a setting would have no effect on this loss.
+    """
+    for name in ("temperature", "alpha", "beta", "standardise"):
+        if getattr(config, name) and name not in kind.numbers:
+            raise InputError(f"--{name} {getattr(config, name)}: the loss of --method {config.method} has none")
     wished = {
         "ce_weight": config.ce_weight,
         "distill_weight": config.distill_weight,

@@ -22,6 +22,7 @@ class ContrastiveDistillation(Distiller):
 
     wants_embedding = True
     allows_mixing = False
+    numbers = frozenset({"temperature"})
     defaults = Weights(distill_weight=0.8, temperature=0.07)
 
     def __init__(self, learner: Outputs, teacher: Outputs, weights: Weights, labels: Tensor) -> None:

@@ -12,6 +12,7 @@ from reparam.distill.methods.base import Batch, Distiller, Outputs, Weights, dis
 class DIST(Distiller):
     """``CE + 2 inter + 2 intra``, the paper's weights for ImageNet and CIFAR-100, with T = 1."""
 
+    numbers = frozenset({"temperature"})
     defaults = Weights(distill_weight=2.0, temperature=1.0)
 
     def forward(self, learner: Outputs, teacher: Outputs, batch: Batch) -> Tensor:

@@ -15,6 +15,7 @@ class DKD(Distiller):
     Defaults are those for CIFAR-100; the ImageNet recipes set T = 1, beta = 0.5 and a warm-up of 1 epoch.
     """
 
+    numbers = frozenset({"temperature", "alpha", "beta", "standardise"})
     defaults = Weights(temperature=4.0, alpha=1.0, beta=8.0, warmup=20)
 
     def forward(self, learner: Outputs, teacher: Outputs, batch: Batch) -> Tensor:

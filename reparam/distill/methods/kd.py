@@ -12,6 +12,7 @@ from reparam.distill.methods.base import Batch, Distiller, Outputs, Weights, dis
 class KD(Distiller):
     """``0.1 CE + 0.9 T^2 KL(softmax(Z / T) || softmax(S / T))`` with T = 4, as mdistiller sets it."""
 
+    numbers = frozenset({"temperature", "standardise"})
     defaults = Weights(ce_weight=0.1, distill_weight=0.9, temperature=4.0)
 
     def forward(self, learner: Outputs, teacher: Outputs, batch: Batch) -> Tensor:

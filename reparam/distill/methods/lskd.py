@@ -17,6 +17,7 @@ class LSKD(Distiller):
     The standardisation goes in front of DKD as well: ``--method dkd --standardise``.
     """
 
+    numbers = frozenset({"temperature"})
     defaults = Weights(ce_weight=0.1, distill_weight=9.0, temperature=2.0)
 
     def forward(self, learner: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
