@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
+import signal
 import statistics
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from multiprocessing import connection, get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from reparam.distill import files
 from reparam.distill.command import add_arguments, config_from
 from reparam.distill.config import TrainConfig
 from reparam.distill.distributed import resolve_device
+from reparam.errors import StoppedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,34 +78,60 @@ def main() -> int:
     runs.mkdir(parents=True, exist_ok=True)
     seeds = options.seeds or (0, 1, 2, 3, 4)
     device = resolve_device(base.device)
-    started = time.monotonic()
     static = runs / "static"
-    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-        if any(arm.static for arm in chosen):
-            teacher = {"method": "baseline", "model": options.static, "epochs": options.static_epochs or base.epochs}
-            pool.submit(run, dataclasses.replace(base, **teacher, seed=1000, output=str(static))).result()
-        waiting = [(arm, seed) for seed in seeds for arm in chosen]
-        futures = {}
-        while waiting or futures:
-            late = options.minutes is not None and time.monotonic() - started > 60 * options.minutes
-            while waiting and not late and len(futures) < options.jobs:
-                arm, seed = waiting.pop(0)
-                futures[pool.submit(run, _config(base, arm, seed, runs, options, static))] = arm, seed
-            if not futures:
-                break
-            done = next(as_completed(futures))
-            arm, seed = futures.pop(done)
-            summary = done.result()
-            print(f"seed {seed}  {arm.name}: {summary['student_top1']:.2f} ({summary['seconds']:.0f} s)", flush=True)
+    deadline = math.inf if options.minutes is None else time.monotonic() + 60 * options.minutes
+    waiting = [(f"seed {seed}  {arm.name}", arm, seed) for seed in seeds for arm in chosen]
+    running: dict[str, tuple[BaseProcess, Path]] = {}
+    if any(arm.static for arm in chosen):
+        teacher = {"method": "baseline", "model": options.static, "epochs": options.static_epochs or base.epochs}
+        trained = dataclasses.replace(base, **teacher, seed=1000, output=str(static))
+        running[f"static teacher {options.static}"] = _start(trained), static
+    while waiting or running:
+        ready = [place for place in waiting if not place[1].static or (static / files.SUMMARY).is_file()]
+        while ready and len(running) < options.jobs and time.monotonic() < deadline:
+            place = ready.pop(0)
+            waiting.remove(place)
+            name, arm, seed = place
+            running[name] = _start(_config(base, arm, seed, runs, options, static)), _folder(runs, arm, seed)
+        if not running:
+            break
+        connection.wait(
+            [process.sentinel for process, _ in running.values()], max(0.0, min(deadline - time.monotonic(), 1e6))
+        )
+        if time.monotonic() >= deadline:
+            waiting = []
+            for process, _ in running.values():
+                process.terminate()  # SIGTERM: the run saves its state and ends
+                process.join()
+        for name in [name for name, (process, _) in running.items() if not process.is_alive()]:
+            _report(name, *running.pop(name))
             _write(options, base, chosen, seeds, runs, device)
-    _write(options, base, chosen, seeds, runs, device)
     return 0
 
 
-def run(config: TrainConfig) -> dict[str, Any]:
+def _start(config: TrainConfig) -> BaseProcess:
+    process = get_context("spawn").Process(target=run, args=(config,))
+    process.start()
+    return process
+
+
+def _report(name: str, process: BaseProcess, folder: Path) -> None:
+    if process.exitcode not in (0, 143, -signal.SIGTERM):
+        sys.exit(f"{name} failed, see above")
+    if process.exitcode:  # asked to end, before or after its first step
+        print(f"{name}: stopped; the same command goes on", flush=True)
+        return
+    summary = files.read_json(folder / files.SUMMARY)
+    print(f"{name}: {summary['student_top1']:.2f} ({summary['seconds']:.0f} s)", flush=True)
+
+
+def run(config: TrainConfig) -> None:
     from reparam.distill.trainer import train
 
-    return train(dataclasses.replace(config, resume="auto", quiet=True), command=["benchmarks/evidence.py"])
+    try:
+        train(dataclasses.replace(config, resume="auto", quiet=True), command=["benchmarks/evidence.py"])
+    except StoppedError:
+        sys.exit(143)
 
 
 def _parse() -> argparse.Namespace:
@@ -115,7 +144,7 @@ def _parse() -> argparse.Namespace:
     own.add_argument("--compute", type=int, default=5, help="how many times the epochs cost what GPD costs")
     own.add_argument("--arms", help="parts of the names of arms to run, separated by |")
     own.add_argument("--jobs", type=int, default=1, help="runs at the same time")
-    own.add_argument("--minutes", type=float, help="start no more runs after this time")
+    own.add_argument("--minutes", type=float, help="stop after this time; the same command goes on")
     own.add_argument("--runs", type=Path, required=True, help="folder for the runs; finished ones are not repeated")
     own.add_argument("--result", type=Path, help="JSON file to write (default: in benchmarks/results/)")
     options = parser.parse_args()

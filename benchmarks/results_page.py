@@ -83,6 +83,30 @@ def _training(data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _evidence(data: dict[str, Any]) -> str:
+    config, static = data["config"], data.get("static")
+    size = f", {config['limit_train']:,} training images" if config.get("limit_train") else ""
+    lines = [
+        f"### Arms on {config['data']}: {config['model']}, {config['epochs']} epochs{size}\n",
+        "| arm | epochs | seeds | student top-1 (%) | averaged weights | dynamic teacher | s per run |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for arm in data["arms"]:
+        scores = [_spread(arm.get(key)) for key in ("student_top1", "student_ema_top1", "teacher_top1")]
+        seconds = sum(arm["seconds"]) / len(arm["seconds"])
+        cells = (arm["name"], str(arm["epochs"]), str(len(arm["seeds"])), *scores, f"{seconds:.0f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    if static is not None:
+        lines.append(f"\nStatic teacher: {static['model']}, {static['epochs']} epochs, {static['top1']:.2f}%.")
+    return "\n".join([*lines, ""])
+
+
+def _spread(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    return f"{found['mean']:.2f}" if found["std"] is None else f"{found['mean']:.2f} ± {found['std']:.2f}"
+
+
 def _fold(data: dict[str, Any]) -> str:
     lines = [
         f"### Folding: batch {data['batch']}, {data['threads']} threads\n",
@@ -166,6 +190,7 @@ def _branches(data: dict[str, Any]) -> str:
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "branches": _branches,
     "compare_training": _training,
+    "evidence": _evidence,
     "fold": _fold,
     "random_networks": _networks,
     "surgery": _surgery,

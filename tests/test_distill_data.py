@@ -9,12 +9,8 @@ import torch
 import torchvision
 from PIL import Image
 
-from reparam.distill.config import TrainConfig
 from reparam.distill.data import Arrays, Folders, balanced_subset, load_source
-from reparam.distill.loaders import augment, make_loader
-from reparam.errors import DataError, InputError
-
-CPU = torch.device("cpu")
+from reparam.errors import DataError
 
 
 def npz_arrays(train=20, test=10, classes=4, size=8, channels=3):
@@ -242,72 +238,14 @@ def test_limit_out_of_range(limit, message):
         load_source("digits", limit_train=limit)
 
 
-def test_resident_batches():
-    source = load_source("digits")
-    loader = make_loader(source, TrainConfig(batch_size=100, seed=3), torch.nn.Identity(), CPU)
-    assert loader.steps == 8 and loader.facts.image_shape == (1, 8, 8)
-    first, again = list(loader.train(1)), list(loader.train(1))
-    other = list(loader.train(2))
-    assert [len(labels) for _, labels in first] == [100] * 8
-    assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(first, again, strict=True))
-    assert not torch.equal(first[0][0], other[0][0])
-    images = torch.cat([images for images, _ in loader.test()])
-    assert images.shape == (899, 1, 8, 8) and images.mean().abs() < 0.1 and abs(images.std() - 1) < 0.1
-
-
-def test_labels_stay_with_their_images():
-    source = load_source("digits")
-    loader = make_loader(source, TrainConfig(shift=0, batch_size=449), torch.nn.Identity(), CPU)
-    known = {
-        tuple(image.flatten().tolist()): int(label) for image, label in zip(source.x_train, source.y_train, strict=True)
-    }
-    for images, labels in loader.train(1):
-        pixels = (images * loader.facts.std[0] + loader.facts.mean[0]).mul(255).round().to(torch.uint8)
-        assert [known[tuple(image.flatten().tolist())] for image in pixels] == labels.tolist()
-
-
-def test_image_size_of_resident_data():
-    loader = make_loader(load_source("digits"), TrainConfig(image_size=12), torch.nn.Identity(), CPU)
-    assert next(iter(loader.train(1)))[0].shape == (64, 1, 12, 12)
-
-
-def test_folder_batches(tmp_path):
-    source = load_source(write_folder(tmp_path))
-    loader = make_loader(source, TrainConfig(batch_size=4, image_size=10), torch.nn.Identity(), CPU)
-    images, labels = next(iter(loader.train(1)))
-    assert images.shape == (4, 3, 10, 10) and labels.shape == (4,) and loader.steps == 1
-    again = next(iter(loader.train(1)))
-    assert torch.equal(images, again[0]) and torch.equal(labels, again[1])
-    assert torch.cat([labels for _, labels in loader.test()]).tolist() == [0, 0, 0, 1, 1, 1]
-    with pytest.raises(InputError, match="--shift is for data sets that fit into memory"):
-        make_loader(source, TrainConfig(shift=1), torch.nn.Identity(), CPU)
-
-
-def test_augment_moves_and_mirrors_each_image_on_its_own():
-    images = torch.arange(1.0, 1 + 64 * 2 * 5 * 6).reshape(64, 2, 5, 6)
-    generator = torch.Generator().manual_seed(0)
-    assert augment(images, 0, False, generator) is images
-    moved = augment(images, 1, True, generator)
-    seen = set()
-    padded = torch.nn.functional.pad(images, (1, 1, 1, 1))
-    for before, after in zip(padded, moved, strict=True):
-        candidates = {
-            (row, column, flip): (crop.flip(2) if flip else crop)
-            for row in range(3)
-            for column in range(3)
-            for flip in (False, True)
-            for crop in [before[:, row : row + 5, column : column + 6]]
-        }
-        matches = [key for key, candidate in candidates.items() if torch.equal(candidate, after)]
-        assert len(matches) == 1
-        seen.add(matches[0])
-    assert len(seen) > 12
-
-
 def test_image_that_cannot_be_read(tmp_path):
     for place in ("train/a", "train/b", "val/a", "val/b"):
         (tmp_path / place).mkdir(parents=True)
         (tmp_path / place / "x.png").write_bytes(b"no image")
     source = load_source(f"folder:{tmp_path}")
     with pytest.raises(DataError, match=r"x\.png is not a readable image .*repair or remove it"):
+        source.train[0]
+    missing = tmp_path / "train" / "a" / "x.png"
+    missing.unlink()
+    with pytest.raises(DataError, match=r"x\.png is not a readable image \(No such file"):
         source.train[0]

@@ -22,7 +22,9 @@ from reparam.distill.models import CifarResNet, CifarVGG, CifarWideResNet, Plain
 from reparam.distill.trainer import train
 
 PAGE = Path(__file__).parent.parent / "docs" / "models.md"
-FAMILIES = "cifar_resnet cifar_wrn cifar_vgg cifar_mobilenetv2 cifar_shufflenet plain_cnn mobilenet_v1 rvt".split()
+FAMILIES = (
+    "cifar_resnet cifar_resnet_four cifar_wrn cifar_vgg cifar_mobilenetv2 cifar_shufflenet plain_cnn mobilenet_v1 rvt"
+).split()
 
 # Parameter counts, from the papers' tables ----------------------------------------------------------------------------
 
@@ -45,6 +47,20 @@ def resnet(depth: int, stem: int, width: int) -> int:
         total += conv_bn(channels, out, 3) + (2 * blocks - 1) * conv_bn(out, out, 3)
         total += conv_bn(channels, out, 1) if channels != out else 0
         channels = out
+    return total + linear(channels, 100)
+
+
+def four_stages(bottleneck: bool, *depths: int) -> int:
+    total, channels = conv_bn(3, 64, 3), 64
+    for width, depth in zip((64, 128, 256, 512), depths, strict=True):
+        out = 4 * width if bottleneck else width
+        total += conv_bn(channels, out, 1) if channels != out else 0
+        for _ in range(depth):
+            if bottleneck:
+                total += conv_bn(channels, width, 1) + conv_bn(width, width, 3) + conv_bn(width, out, 1)
+            else:
+                total += conv_bn(channels, width, 3) + conv_bn(width, width, 3)
+            channels = out
     return total + linear(channels, 100)
 
 
@@ -116,8 +132,9 @@ def mobilenet_v1() -> int:
     return conv_bn(3, 32, 3) + sum(pairs) + linear(1024, 1000)
 
 
-def rvt_block(d: int) -> int:
+def rvt_block(d: int, convolutional: bool = True) -> int:
     mlp = conv_bn(d, 4 * d, 1, bias=True) + conv_bn(4 * d, 4 * d, 3, 4 * d, bias=True) + conv_bn(4 * d, d, 1, bias=True)
+    mlp = mlp if convolutional else linear(d, 4 * d) + linear(4 * d, d)
     return 4 * d + linear(d, 3 * d) + linear(d, d) + mlp
 
 
@@ -138,6 +155,10 @@ class Case(NamedTuple):
 
 SLOW, THOROUGH = pytest.mark.slow, pytest.mark.thorough
 RVT_TINY = rvt(192) + 10 * rvt_block(192) + conv(192, 384, 3, 192, bias=True) + 2 * rvt_block(384) + 768
+RVT_TINY += linear(384, 1000)
+RVT_SMALL = rvt(384) + 12 * rvt_block(384) + 768 + linear(384, 1000)
+RVT_BASE = rvt(768) + 12 * rvt_block(768, convolutional=False) + 1536 + linear(768, 1000)
+SCALING = 6 * (14 * 14) ** 2
 CASES = [
     Case("cifar_resnet8", resnet(8, 16, 16), 83_892, 12.5),
     Case("cifar_resnet14", resnet(14, 16, 16), 181_108, 26.7, THOROUGH),
@@ -148,6 +169,8 @@ CASES = [
     Case("cifar_resnet110", resnet(110, 16, 16), 1_736_564, 253.2, THOROUGH),
     Case("cifar_resnet8x4", resnet(8, 32, 64), 1_233_540, 177.1),
     Case("cifar_resnet32x4", resnet(32, 32, 64), 7_433_860, 1083.0, THOROUGH),
+    Case("cifar_resnet18", four_stages(False, 2, 2, 2, 2), 11_220_132, 555.5, THOROUGH),
+    Case("cifar_resnet50", four_stages(True, 3, 4, 6, 3), 23_705_252, 1298.0, THOROUGH),
     Case("cifar_wrn_16_1", wide_resnet(16, 1), 180_916),
     Case("cifar_wrn_16_2", wide_resnet(16, 2), 703_284, 101.1, THOROUGH),
     Case("cifar_wrn_40_1", wide_resnet(40, 1), 569_780, 83.3, THOROUGH),
@@ -183,8 +206,11 @@ CASES = [
         THOROUGH,
     ),
     Case("mobilenet_v1", mobilenet_v1(), 4_231_976, 568.7, SLOW),
-    Case("rvt_tiny", RVT_TINY + linear(384, 1000), 8_646_376, 1284.3, THOROUGH),
-    Case("rvt_small", rvt(384) + 12 * rvt_block(384) + 768 + linear(384, 1000), 22_148_392, 4645.2, THOROUGH),
+    Case("rvt_tiny", RVT_TINY, 8_646_376, 1284.3, THOROUGH),
+    Case("rvt_tiny_plus", RVT_TINY + 10 * SCALING, 10_951_336, 1284.3, THOROUGH),
+    Case("rvt_small", RVT_SMALL, 22_148_392, 4645.2, THOROUGH),
+    Case("rvt_small_plus", RVT_SMALL + 5 * SCALING, 23_300_872, 4645.2, THOROUGH),
+    Case("rvt_base", RVT_BASE, 86_223_784, 17491.1, THOROUGH),
 ]
 every = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 
@@ -261,8 +287,12 @@ def test_what_timm_expects(case: Case) -> None:
     assert model.forward_head(features).shape == (2, 7)
 
     # The patches of a vision transformer and the fourth pooling of the deep plain networks leave nothing of 8 x 8.
+    # Attention scaling belongs to one size of image.
     for side in (8, 16, 28, 32):
-        if side == 8 and re.fullmatch(r"rvt_\w+|cifar\d+_plain(8|10)", case.name):
+        if case.name.endswith("_plus"):
+            with pytest.raises((RuntimeError, ValueError)):
+                model(images(side, channels=1))
+        elif side == 8 and re.fullmatch(r"rvt_\w+|cifar\d+_plain(8|10)", case.name):
             with pytest.raises(RuntimeError):
                 model(images(side, channels=1))
         else:
@@ -274,7 +304,9 @@ ONE_EACH = (
 )
 
 
-@pytest.mark.parametrize("name", [*ONE_EACH, "cifar10_plain2", "cifar100_plain8", "mobilenet_v1", "rvt_tiny"])
+@pytest.mark.parametrize(
+    "name", [*ONE_EACH, "cifar10_plain2", "cifar100_plain8", "mobilenet_v1", "rvt_tiny", "cifar_resnet18"]
+)
 def test_another_classifier(name: str) -> None:
     model, x = on_meta(name, num_classes=7).eval(), images(32)
     features = model.forward_features(x)
@@ -326,6 +358,30 @@ def test_rvt_drops_paths_linearly_and_decays_everything_but_norms_and_biases() -
     assert model.no_weight_decay() == set()
 
 
+def test_attention_scaling_multiplies_the_logits() -> None:
+    torch.manual_seed(0)
+    scaled = timm.create_model("rvt_tiny_plus", depths=(2, 1), scaled_blocks=1, img_size=48).double().eval()
+    plain = timm.create_model("rvt_tiny", depths=(2, 1)).double().eval()
+    state = scaled.state_dict()
+    factors = state.pop("stages.0.0.attn.scaling")
+    assert factors.shape == (6, 9, 9) and 0.01 < factors.std() < 0.03 and list(state) == list(plain.state_dict())
+    plain.load_state_dict(state)
+    x = torch.randn(2, 3, 48, 48, dtype=torch.float64)
+    assert not torch.allclose(scaled(x), plain(x), rtol=1e-3)
+    torch.nn.init.constant_(scaled.stages[0][0].attn.scaling, 50.0)  # a factor of 1
+    assert torch.allclose(scaled(x), plain(x), rtol=1e-12)
+
+    attention, tokens = scaled.stages[0][0].attn, torch.randn(1, 9, 192, dtype=torch.float64)
+    attention.scaling.data.copy_(factors * 50)
+    query, key, value = (part.view(1, 9, 6, 32) for part in attention.qkv(tokens).chunk(3, dim=-1))
+    logits = torch.einsum("nqhd,nkhd->nhqk", query, key) / 32**0.5 / (1 + (-50 * factors).exp())
+    mixed = torch.einsum("nhqk,nkhd->nqhd", logits.softmax(-1), value).reshape(1, 9, 192)
+    assert torch.allclose(attention(tokens), attention.proj(mixed), rtol=1e-10)
+    with pytest.raises(ValueError, match="made for 9 tokens, the image gives 4; build the model with img_size=N"):
+        scaled(torch.zeros(1, 3, 32, 32, dtype=torch.float64))
+    assert timm.create_model("rvt_tiny_plus", depths=(1, 1), img_size=(48, 32)).stages[0][0].attn.scaling.shape[1] == 6
+
+
 def test_shuffling_deals_channels() -> None:
     from reparam.distill.models.cifar_shufflenet import shuffle
 
@@ -355,12 +411,23 @@ def check_expansion(name: str, side: int, **options: Any) -> None:
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.name, marks=case.mark) for case in CASES])
 def test_expansion_is_exact(case: Case) -> None:
-    check_expansion(case.name, 48 if case.name.startswith("rvt") else 16)
+    options = {"img_size": 48} if case.name.endswith("_plus") else {}
+    check_expansion(case.name, 48 if case.name.startswith("rvt") else 16, **options)
 
 
 @SLOW
-def test_expansion_of_a_short_rvt_is_exact() -> None:
-    check_expansion("rvt_tiny", 48, depths=(1, 1))
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("rvt_tiny", {"depths": (1, 1)}),
+        ("rvt_tiny_plus", {"depths": (2, 1), "img_size": 48}),
+        ("rvt_base", {"depths": (1,), "dims": (96,), "heads": (3,)}),
+        ("cifar_resnet18", {"depths": (1, 1, 1, 1)}),
+        ("cifar_resnet50", {"depths": (1, 1, 1, 1)}),
+    ],
+)
+def test_expansion_of_short_variants_is_exact(name: str, options: dict[str, Any]) -> None:
+    check_expansion(name, 48 if name.startswith("rvt") else 16, **options)
 
 
 # Training -------------------------------------------------------------------------------------------------------------

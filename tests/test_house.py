@@ -25,7 +25,7 @@ ROOMS = {
     "models": {"errors"},
     "ops": {"errors"},
     "passes": {"errors", "ops"},
-    "distill": {"errors", "ops", "passes", "models", ""},
+    "distill": {"errors", "ops", "passes", "models", "provenance", ""},
     "coverage": {"errors", "passes", "models", "distill", "provenance", ""},
     "arguments": {"errors", "models", "distill"},
     "deploy": {"errors", "passes", "models", "arguments"},
@@ -185,7 +185,7 @@ def test_the_console_script_is_the_command_line() -> None:
 
 def test_extras() -> None:
     extras = {name: value.split() for name, value in setup()["options.extras_require"].items()}
-    assert set(extras) == {"train", "export", "test", "dev"}
+    assert set(extras) == {"train", "tensorboard", "export", "test", "dev"}
     assert {"reparam[train]", "reparam[export]"} <= set(extras["test"])
     assert "reparam[test]" in extras["dev"]
 

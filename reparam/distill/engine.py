@@ -88,6 +88,11 @@ class Engine:
         if self.ema is not None:
             self.ema.update(self.learners.owner, step=steps + 1 if self.config.ema_warmup else None)
 
+    def lr(self, steps: int) -> float:
+        """Learning rate of the step after so many, without the factors of ``lr_scale``; nothing is changed."""
+        values = self.scheduler._get_values(steps, on_epoch=False)
+        return float(self.optimizer.defaults["lr"] if values is None else values[0])
+
     def placed(self, batch: Batch) -> Batch:
         """Give images and soft targets the dtype and memory format of the run."""
         targets = batch.targets if batch.targets is None else batch.targets.to(batch.images.dtype)

@@ -232,8 +232,7 @@ def _epoch(run: Run, asked_to_stop: Callable[[], bool]) -> None:
     """Train for one epoch, or for the rest of one, evaluate, and write metrics and checkpoint."""
     started = time.perf_counter()
     config, epoch = run.config, run.epoch + 1
-    first = run.engine.optimizer.param_groups[0]
-    lr = first["lr"] / first.get("lr_scale", 1.0)
+    lr = run.engine.lr(run.steps - run.step)
     run.engine.learners.train()
     for batch in run.loader.train(epoch, run.step, run.order):
         seed_everything(_step_seed(run))

@@ -14,6 +14,17 @@ _SIZES = ("size", "dim", "numel", "__len__")
 """Methods that return sizes of a value, through which it does not flow."""
 
 
+_NEAR = 40
+"""Values that are looked at around one, to tell where its channels are."""
+
+_MOVES = ("permute", "transpose", "movedim", "swapaxes", "swapdims")
+"""Operators behind which the last dimension may be another although it has the same size."""
+
+_LAST = ("linear", "layer_norm", "rms_norm")
+_FIRST = ("batch_norm", "group_norm", "instance_norm", "max_pool2d", "avg_pool2d")
+"""Operators, beside convolutions, that take the last or the second dimension for the channels."""
+
+
 class Flow:
     """The values of a recorded graph that are computed from its inputs and from which its output is computed.
 
@@ -56,6 +67,25 @@ class Flow:
         if node.op == "call_module":
             return any(p.dim() > 2 for p in self._root.get_submodule(str(node.target)).parameters())
         return str(getattr(node.target, "__name__", "")).startswith("conv")
+
+    def channels_last(self, node: fx.Node) -> bool:
+        """Whether the operators around a value, those behind it first, take its last dimension for its channels."""
+        size = node.meta["val"].shape[-1]
+        for behind in (True, False):
+            queue, seen = list(node.users) if behind else [node], {node}
+            while queue and len(seen) < _NEAR:
+                current = queue.pop(0)
+                name = _operator(current)
+                if name in _LAST or name in _FIRST or name.startswith("conv"):
+                    return name in _LAST
+                shape: tuple[int, ...] = tuple(getattr(current.meta.get("val"), "shape", ()))
+                # A pooled value tells nothing about the dimensions of the map.
+                if name in _MOVES or len(shape) not in (3, 4) or shape[-1] != size:
+                    continue
+                more = [n for n in (current.users if behind else self.given(current)) if n not in seen]
+                seen.update(more)
+                queue += more
+        return False
 
     def main_path(self) -> list[fx.Node]:
         """The values that everything goes through on its way to the output (its dominators), in order."""
@@ -108,6 +138,10 @@ class Flow:
                 found.add(node)
                 stack += self.given(node)
         return found
+
+
+def _operator(node: fx.Node) -> str:
+    return str(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))
 
 
 def computed(graph: fx.Graph) -> set[fx.Node]:

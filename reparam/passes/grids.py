@@ -64,25 +64,26 @@ class Layout:
 MAP = Layout()
 
 
-def layout_of(shape: Sequence[int], image: Size, grids: Sequence[Size]) -> tuple[Layout, Size, int] | None:
+def layout_of(
+    shape: Sequence[int], image: Size, grids: Sequence[Size], channels_last: bool = False
+) -> tuple[Layout, Size, int] | None:
     """Return layout, height and width, and channels of a value, or None where it is no map.
 
     Height and width have the aspect ratio of the image up to one pixel. Tokens belong to the grid of the last map, or
     are as many as a grid has in the aspect ratio of the image; those too many are class tokens, at most 16 of them.
-    Where a shape can be read in two ways it has its channels first.
+    Where a shape can be read in two ways, ``channels_last`` decides.
 
     Args:
         shape: of the value, 3 or 4 numbers.
         image: height and width.
         grids: sizes of maps before this value, the last one first.
+        channels_last: whether operators around the value say that its channels are last.
     """
     if len(shape) == 4:
         first, last = (shape[2], shape[3]), (shape[1], shape[2])
-        best = min((first, last), key=lambda size: _deviation(size, image))
-        if _deviation(best, image) > 1 or best[0] > 1.25 * image[0]:
-            return None
-        # A tuple of equal sizes is the first one.
-        return (MAP, first, shape[1]) if best is first else (Layout("last"), last, shape[3])
+        order = [(last, Layout("last"), shape[3]), (first, MAP, shape[1])]
+        size, layout, width = min(order if channels_last else order[::-1], key=lambda item: _deviation(item[0], image))
+        return (layout, size, width) if _deviation(size, image) <= 1 and size[0] <= 1.25 * image[0] else None
     length, width = shape[1], shape[2]
     for grid in grids[:1]:
         if (prefix := _prefix(length, grid)) is not None:

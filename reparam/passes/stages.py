@@ -181,7 +181,8 @@ class _Finder:
             value = node.meta.get("val")
             if not isinstance(value, Tensor) or value.dim() not in (3, 4) or value.shape[0] != image.shape[0]:
                 continue
-            kind = layout_of(tuple(value.shape), (image.shape[2], image.shape[3]), grids)
+            last = value.dim() == 4 and value.shape[1] == value.shape[3] and self.flow.channels_last(node)
+            kind = layout_of(tuple(value.shape), (image.shape[2], image.shape[3]), grids, last)
             if kind is not None:
                 result[node] = kind
                 if kind[1] not in grids[:1]:

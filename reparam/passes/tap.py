@@ -264,8 +264,8 @@ def _is_changed(value: Any) -> bool:
 
 
 _SHARING = frozenset(
-    "getitem view view_as reshape flatten unflatten transpose swapaxes swapdims permute movedim squeeze unsqueeze chunk "
-    "split unbind narrow select expand contiguous t dropout getattr to detach".split()
+    "getitem view view_as reshape flatten unflatten transpose swapaxes swapdims permute movedim squeeze unsqueeze "
+    "chunk split unbind narrow select expand contiguous t dropout getattr to detach".split()
 )
 """Operators whose result may share the memory of their first argument."""
 
