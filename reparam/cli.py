@@ -111,7 +111,9 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="RUN", help="output folder of reparam train")
     parser.add_argument("--data", metavar="SPEC", help="test data (default: that of the run)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="images at a time (default: that of the run)")
+    parser.add_argument(
+        "--batch-size", type=int, metavar="N", help="folder data: images at a time (default: that of the run)"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the table as JSON as well")
     parser.set_defaults(run=run)
 

@@ -40,7 +40,8 @@ EMA_KEYS = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
 PREFIXES = ("module.", "_orig_mod.")
 """Prefixes that DistributedDataParallel and torch.compile put before every key."""
 
-_TIMM_SCHEMES = ("hf-hub:", "hf_hub:", "local-dir:")
+TIMM_SCHEMES = ("hf-hub:", "hf_hub:", "local-dir:")
+"""Beginnings of names that timm resolves itself, although they hold a colon."""
 _SHOWN = 8
 
 
@@ -85,7 +86,7 @@ def load_model(
     wishes: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_chans, "pretrained": pretrained or None}
     wishes["drop_path_rate"] = drop_path
     options = {name: value for name, value in wishes.items() if value is not None}
-    if ":" in spec and not spec.startswith(_TIMM_SCHEMES):
+    if ":" in spec and not spec.startswith(TIMM_SCHEMES):
         model = _from_callable(spec, options)
     else:
         model = _from_timm(spec, options)
@@ -154,7 +155,7 @@ def _from_timm(name: str, options: dict[str, Any]) -> nn.Module:
             f"{name!r} is read as the name of a timm model, and timm is not installed; "
             "`pip install timm`, or name the model as package.module:callable or path/to/file.py:callable"
         ) from error
-    if not name.startswith(_TIMM_SCHEMES) and not timm.is_model(name):
+    if not name.startswith(TIMM_SCHEMES) and not timm.is_model(name):
         if Path(name).is_file():
             raise InputError(f"{name!r} is a file; name the model itself, and give a file of weights as its checkpoint")
         raise InputError(

@@ -313,7 +313,8 @@ def subparsers() -> dict[str, argparse.ArgumentParser]:
 
 
 def test_train_has_its_options() -> None:
-    assert "--baseline" in subparsers()["train"].format_help()
+    text = subparsers()["train"].format_help()
+    assert "--method" in text and "--teacher" in text and "--help-all" in text and "--baseline" not in text
 
 
 def test_the_command_line_page_names_every_option() -> None:

@@ -6,14 +6,18 @@ import pytest
 
 from reparam.distill.command import add_arguments, config_from, run
 from reparam.distill.config import TrainConfig, options
-from reparam.distill.methods import get_method, register
+from reparam.distill.methods import Distiller, distiller, distillers, get_distiller
 from reparam.errors import InputError
 
 
-def parser():
+def parser(everything=False):
     made = argparse.ArgumentParser(prog="reparam train")
-    add_arguments(made)
+    add_arguments(made, everything)
     return made
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
 
 
 def test_no_arguments_are_the_defaults():
@@ -21,20 +25,66 @@ def test_no_arguments_are_the_defaults():
 
 
 def test_every_setting_has_an_option_with_help():
-    text = " ".join(parser().format_help().split())
+    text = " ".join(parser(everything=True).format_help().split())
     for name in options():
-        assert "--" + name.replace("_", "-") in text
+        assert flag(name) in text.replace(",", " ").split(), name
     assert "(default: 40)" in text and "(default: digits)" in text and "%%" not in text
-    for title in ("data:", "student:", "teacher and loss:", "recipe:", "run:", "comparison:"):
+    for title in ("data:", "student:", "static teacher:", "method:", "recipe:", "computation:", "run:", "comparison:"):
         assert title in text
 
 
+def test_short_help_leaves_rare_settings_out():
+    words = parser().format_help().replace(",", " ").split()
+    shown = {name for name in options() if flag(name) in words}
+    rare = {name for name, (option, _) in options().items() if option.rare}
+    assert not shown & rare and shown | rare == set(options())
+    assert 25 <= len(shown) <= 45 and {"data", "model", "method", "teacher", "resume", "ema"} <= shown
+
+
+def test_help_all_shows_everything_and_leaves(capsys):
+    with pytest.raises(SystemExit) as left:
+        parser().parse_args(["--help-all"])
+    shown = capsys.readouterr().out
+    assert left.value.code == 0 and "--on-nan" in shown and shown.startswith("usage: reparam train")
+    assert "--on-nan" not in parser().format_help()
+
+
+def test_rare_options_work_without_being_shown():
+    config = config_from(
+        parser().parse_args("--on-nan rollback --save-steps 5 --schedule multistep --milestones 3,6".split())
+    )
+    assert (config.on_nan, config.save_steps, config.milestones) == ("rollback", 5, (3, 6))
+
+
 def test_options_reach_the_settings():
-    line = "--data npz:x.npz --ratio 3 --lr 0.2 --no-flip --baseline --optimizer adamw --limit-train 50 --quiet"
+    line = "--data npz:x.npz --lr 0.2 --no-flip --method baseline --optimizer adamw --limit-train 50 --quiet"
     config = config_from(parser().parse_args(line.split()))
     assert config == TrainConfig(
-        data="npz:x.npz", ratio=3, lr=0.2, flip=False, baseline=True, optimizer="adamw", limit_train=50, quiet=True
+        data="npz:x.npz", lr=0.2, flip=False, method="baseline", optimizer="adamw", limit_train=50, quiet=True
     )
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--method baseline --ratio 3", "--ratio would have no effect: --method has no gpd"),
+        ("--no-teacher-distill", "--teacher-distill would have no effect: --method has no loss against a static"),
+        ("--kd-loss mse --kd-smoothing 0.2", "--kd-smoothing would have no effect: it belongs to --kd-loss sce"),
+        ("--ema-warmup", "--ema-warmup would have no effect: there is no --ema"),
+        ("--nesterov --optimizer adamw", "--nesterov would have no effect"),
+        ("--milestones 3,6", "--milestones would have no effect"),
+        ("--decay-epochs 3", "--decay-epochs would have no effect"),
+        ("--min-lr 0.1 --schedule step", "--min-lr would have no effect"),
+    ],
+)
+def test_options_without_effect_are_refused(line, message):
+    with pytest.raises(InputError, match=message):
+        config_from(parser().parse_args(line.split()))
+
+
+def test_a_recipe_may_hold_settings_that_another_method_leaves_unused():
+    config = config_from(parser().parse_args("--recipe digits/resnet8_w8-gpd --method baseline".split()))
+    assert config.baseline
 
 
 @pytest.mark.parametrize(
@@ -49,6 +99,23 @@ def test_options_reach_the_settings():
         ({"label_smoothing": 1.0}, r"--label-smoothing must lie in \[0, 1\), got 1.0"),
         ({"optimizer": "lion"}, "--optimizer must be one of sgd, adamw, got 'lion'"),
         ({"warmup_epochs": 40}, "--warmup-epochs 40 leaves nothing of --epochs 40"),
+        ({"cooldown_epochs": 39}, "--cooldown-epochs 39 leaves nothing of --epochs 40"),
+        ({"method": "dkd"}, "--method dkd: dkd compares with a static teacher; name it with --teacher"),
+        ({"method": "gpd+kd"}, r"--method gpd\+kd: kd compares with a static teacher; name it with --teacher"),
+        ({"method": "gpd", "teacher": "x"}, r"--teacher x: --method gpd uses no static teacher; write gpd\+dkd"),
+        ({"method": "baseline", "teacher": "x"}, "--method baseline uses no static teacher; write dkd"),
+        ({"method": "gpd+baseline"}, r"--method is baseline, gpd, one loss .*; got 'gpd\+baseline'"),
+        ({"method": "kd+dkd", "teacher": "x"}, r"got 'kd\+dkd'"),
+        ({"method": "gpd+gpd"}, r"got 'gpd\+gpd'"),
+        ({"method": ""}, "got ''"),
+        ({"teacher_checkpoint": "x"}, "--teacher-checkpoint holds the weights .* name its network with --teacher"),
+        ({"checkpoint": "x", "pretrained": True}, "--checkpoint and --pretrained were both given"),
+        ({"schedule": "multistep"}, "--schedule multistep needs --milestones"),
+        ({"accumulate": 3}, "--accumulate 3 does not divide --batch-size 64"),
+        ({"branch_init": "student"}, "--branch-init says how branches start, and there are none; add --branches"),
+        ({"ema": 1.0}, r"--ema must lie in \[0, 1\), got 1.0"),
+        ({"on_nan": "ignore"}, "--on-nan must be one of stop, rollback, got 'ignore'"),
+        ({"precision": "int8"}, "--precision must be one of fp32, tf32, bf16, fp16, fp64, got 'int8'"),
     ],
 )
 def test_settings_that_cannot_work(changes, message):
@@ -57,9 +124,9 @@ def test_settings_that_cannot_work(changes, message):
 
 
 def test_run_returns_zero_and_writes(tmp_path, capsys):
-    line = f"--epochs 1 --limit-train 100 --baseline --output {tmp_path / 'run'}"
+    line = f"--epochs 1 --limit-train 100 --method baseline --output {tmp_path / 'run'}"
     assert run(parser().parse_args(line.split())) == 0
-    assert "student (extracted)" in capsys.readouterr().out
+    assert "student extracted" in capsys.readouterr().out
     assert (tmp_path / "run" / "summary.json").is_file()
 
 
@@ -77,7 +144,16 @@ def test_seeds_need_compare():
 
 
 def test_registry():
-    with pytest.raises(InputError, match=r"unknown method 'gdp'; did you mean 'gpd'\?; known methods: baseline, gpd"):
-        get_method("gdp")
-    with pytest.raises(InputError, match="a method named 'gpd' is registered already"):
-        register(get_method("gpd"))
+    with pytest.raises(InputError, match=r"unknown method 'dk'; did you mean .*dkd.*\?; known methods: .*baseline"):
+        get_distiller("dk")
+    with pytest.raises(InputError, match=r"cannot be named 'dkd': the name is taken"):
+        distiller("dkd")(Distiller)
+    for name in ("gpd", "baseline", "a+b"):
+        with pytest.raises(InputError, match="the name is taken or holds a \\+"):
+            distiller(name)(Distiller)
+    assert {"kd", "dkd", "lskd", "dist"} <= set(distillers())
+
+
+def test_the_help_names_every_loss():
+    text = options()["method"][0].help
+    assert all(name in text for name in distillers())

@@ -115,7 +115,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def prune(folder: Path, rows: Sequence[Mapping[str, Any]], best: int, newest: int = 2) -> None:
-    """Remove all checkpoints but the ``newest`` and those after the ``best`` epochs.
+    """Remove all checkpoints but the ``newest`` and those after the ``best`` epochs, and what a killed write left.
 
     Args:
         folder: of the run.
@@ -123,11 +123,21 @@ def prune(folder: Path, rows: Sequence[Mapping[str, Any]], best: int, newest: in
         best: how many of the best epochs to keep; of equal ones the later.
         newest: how many of the newest files.
     """
-    measured = [row for row in rows if row["student_top1"] is not None]
+    there = {path.name[:14] for path in checkpoints(folder)}
+    measured = [row for row in rows if row["student_top1"] is not None and f"step-{row['step']:09d}" in there]
     ranked = sorted(measured, key=lambda row: (row["student_top1"], row["step"]), reverse=True)
     kept = {f"step-{row['step']:09d}" for row in ranked[:best]}
     for path in checkpoints(folder)[:-newest]:
         if path.name[:14] not in kept:
+            path.unlink(missing_ok=True)
+    for leftover in (folder / FOLDER).glob(".step-*.partial.ckpt"):
+        leftover.unlink(missing_ok=True)
+
+
+def drop_later(folder: Path, steps: int) -> None:
+    """Remove the checkpoints of a run after that many steps: it was sent back, and they belong to a part given up."""
+    for path in checkpoints(folder):
+        if path.name[:14] > f"step-{steps:09d}":
             path.unlink(missing_ok=True)
 
 
@@ -139,7 +149,7 @@ def check_same(saved: Mapping[str, Any], current: Mapping[str, Any], path: Path)
     """
     free = _FREE
     names = sorted((set(saved) | set(current)) - free)
-    differing = [name for name in names if _plain(saved.get(name)) != _plain(current.get(name))]
+    differing = [name for name in names if _plain(name, saved.get(name)) != _plain(name, current.get(name))]
     if differing:
         listed = "; ".join(f"{name} was {saved.get(name)!r}, is {current.get(name)!r}" for name in differing)
         raise InputError(
@@ -149,11 +159,14 @@ def check_same(saved: Mapping[str, Any], current: Mapping[str, Any], path: Path)
 
 
 _FREE = frozenset(
-    "output resume quiet workers threads device tensorboard keep_best save_steps on_nan max_bad_images compile "
-    "accumulate channels_last".split()
+    "output resume quiet workers threads device tensorboard keep_best save_steps save_epochs on_nan max_bad_images "
+    "compile channels_last eval_epochs checkpoint teacher_checkpoint assistant_checkpoint".split()
 )
 """Settings that may change between the parts of a run: they say how it is computed and kept, not what."""
 
 
-def _plain(value: Any) -> Any:
+def _plain(name: str, value: Any) -> Any:
+    """Data may have moved; whether it is the same is seen when it is loaded."""
+    if name == "data" and isinstance(value, str):
+        return value.partition(":")[0]
     return list(value) if isinstance(value, tuple) else value

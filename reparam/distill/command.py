@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from reparam.distill.config import Option, TrainConfig, options
+from reparam.distill.ranges import refuse_idle
 from reparam.errors import InputError
 
 _DESCRIPTION = """\
@@ -84,10 +85,13 @@ def config_from(arguments: argparse.Namespace) -> TrainConfig:
     """Return the settings that the parsed options stand for: defaults, then the recipe, then options."""
     given = {name: getattr(arguments, name) for name in options() if hasattr(arguments, name)}
     if arguments.recipe is None:
-        return TrainConfig(**given)
-    from reparam.distill.recipes import apply_recipe, load_recipe
+        config = TrainConfig(**given)
+    else:
+        from reparam.distill.recipes import apply_recipe, load_recipe
 
-    return apply_recipe(load_recipe(arguments.recipe), given)
+        config = apply_recipe(load_recipe(arguments.recipe), given)
+    refuse_idle(config, given)
+    return config
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -103,9 +107,9 @@ def run(arguments: argparse.Namespace) -> int:
 
         compare(config, arguments.seeds or (0, 1, 2), command=sys.argv)
         return 0
-    from reparam.distill.trainer import train
+    from reparam.distill.chain import train_all
 
-    summary = train(config, command=sys.argv)
+    summary = train_all(config, command=sys.argv)
     return 0 if summary["parity_passed"] else 1
 
 

@@ -54,7 +54,7 @@ _DATA_HELP = (
 _MODEL_HELP = "a timm name, path/to/file.py:callable, or package.module:callable"
 _METHOD_HELP = (
     "baseline (the student alone) | gpd | a loss against --teacher: kd, dkd, lskd, dist, rkd, at, fitnet, crd, "
-    "reviewkd | both: gpd+dkd, ..."
+    "reviewkd, annealing; with --assistant: gapkd, takd, dgkd | both: gpd+dkd, ..."
 )
 
 
@@ -94,6 +94,7 @@ class TrainConfig:
     )
     pretrained: bool = _option(False, "model", "fine-tune: start from timm's weights for --model", bool)
     drop_path: float | None = _rare(None, "model", "drop path rate of the student (default: the model's)", float)
+    widen: int | None = _rare(None, "model", "train the student widened by N, as a network of its own", int)
 
     teacher: str | None = _option(
         None, "teacher", f"static teacher: {_MODEL_HELP}; in eval mode, without gradient", metavar="SPEC"
@@ -101,6 +102,18 @@ class TrainConfig:
     teacher_checkpoint: str | None = _option(
         None, "teacher", "its weights, or the output folder of a run (default: timm's weights)", metavar="PATH"
     )
+
+    assistant: str | None = _rare(
+        None,
+        "teacher",
+        "networks between teacher and student, trained first, for gapkd, takd, dgkd: names, or expand:RATIO for the "
+        "student widened, as a network of its own",
+        metavar="SPEC,...",
+    )
+    assistant_checkpoint: str | None = _rare(
+        None, "teacher", "their weights or runs, instead of training them", metavar="PATH,..."
+    )
+    assistant_epochs: int | None = _rare(None, "teacher", "epochs of each assistant (default: --epochs)", int)
 
     method: str = _option("gpd", "method", _METHOD_HELP, metavar="NAME")
     ratio: int = _option(2, "method", "gpd: channel expansion of the dynamic teacher, one for all layers", int)
@@ -128,6 +141,15 @@ class TrainConfig:
     ce_weight: float | None = _rare(None, "method", "weight of the cross entropy (default: by method)", float)
     alpha: float | None = _rare(None, "method", "dkd: weight of the target class (default: 1)", float)
     beta: float | None = _rare(None, "method", "dkd: weight of the other classes (default: 8)", float)
+    tau_schedule: str | None = _rare(
+        None,
+        "method",
+        "temperature over the epochs, instead of --temperature (default: by method)",
+        choices=("dtm", "constant", "linear", "exponential", "log", "sigmoid", "piecewise"),
+    )
+    tau_max: float | None = _rare(None, "method", "its highest temperature (default: 20)", float)
+    tau_min: float | None = _rare(None, "method", "its lowest temperature (default: 1)", float)
+    anneal_epochs: int | None = _rare(None, "method", "annealing: epochs of its first phase (default: 2/3 of all)", int)
     distill_warmup: int | None = _rare(
         None, "method", "epochs over which distill_weight grows linearly (default: by method)", int
     )
@@ -198,6 +220,7 @@ class TrainConfig:
         None, "run", "CPU threads (default: 1 for images up to 16 x 16, where more get in the way, else all)", int
     )
     keep_best: int = _rare(1, "run", "checkpoints of the best epochs to keep, beside the last two", int)
+    save_epochs: int = _rare(1, "run", "write checkpoint and networks every N epochs, and after the last", int)
     save_steps: int | None = _rare(None, "run", "write a checkpoint every N steps as well (default: per epoch)", int)
     on_nan: str = _rare(
         "stop",

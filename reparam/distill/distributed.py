@@ -6,7 +6,7 @@ Processes are started by ``torchrun``, which tells each one its number in the en
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from reparam.errors import InputError, TrainingError
+from reparam.errors import InputError, ReparamError, TrainingError
+
+_LOST = ("Connection closed", "Connection reset", "gloo/transport")
+"""What gloo says when another process is gone."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,24 @@ class Group:
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
         return tuple(bool(value) for value in found.tolist())
 
+    def decide(self, question: Callable[[], Any]) -> Any:
+        """Let the main process answer, and give its answer, or its error, to all.
+
+        Files of a run are asked for in this way: other processes may be on machines that do not see them.
+        """
+        if self.world == 1:
+            return question()
+        answer: list[Any] = [None, None]
+        if self.main:
+            try:
+                answer[0] = question()
+            except ReparamError as error:
+                answer[1] = error
+        dist.broadcast_object_list(answer)
+        if answer[1] is not None:
+            raise answer[1]
+        return answer[0]
+
     def barrier(self) -> None:
         """Wait for all processes."""
         if self.world > 1:
@@ -82,8 +103,8 @@ def joined(device_name: str) -> Iterator[Group]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield Group(dist.get_rank(), int(os.environ.get("LOCAL_RANK", "0")), world, device)
-    except (dist.DistBackendError, dist.DistNetworkError, RuntimeError) as error:
-        if isinstance(error, (dist.DistError, dist.DistBackendError)) or "Connection closed" in str(error):
+    except RuntimeError as error:  # gloo has no class of its own
+        if isinstance(error, dist.DistError) or any(sign in str(error) for sign in _LOST):
             reason = str(error).splitlines()[0]
             raise TrainingError(
                 f"process {dist.get_rank()} of {world} lost the others ({reason}): one of them has died, see its "

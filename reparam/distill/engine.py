@@ -27,7 +27,7 @@ class Engine:
 
     Args:
         learners: networks and losses, on their device.
-        static: the static teacher, or None.
+        statics: the static teacher and its assistants; empty without one.
         optimizer: over the learners' parameters.
         scheduler: of the learning rate, by steps.
         config: the settings.
@@ -37,13 +37,13 @@ class Engine:
     def __init__(
         self,
         learners: Learners,
-        static: StaticTeacher | None,
+        statics: Sequence[StaticTeacher],
         optimizer: torch.optim.Optimizer,
         scheduler: Scheduler,
         config: TrainConfig,
         group: Group,
     ) -> None:
-        self.learners, self.static, self.config, self.group = learners, static, config, group
+        self.learners, self.statics, self.config, self.group = learners, statics, config, group
         self.optimizer, self.scheduler = optimizer, scheduler
         self.scaler = torch.amp.GradScaler(group.device.type, enabled=config.precision == "fp16")
         self.ema = (
@@ -54,10 +54,11 @@ class Engine:
         self._distributed: nn.Module = learners
         if group.world > 1:
             device_ids = [group.device] if group.device.type == "cuda" else None
+            distributed = nn.parallel.DistributedDataParallel(learners, device_ids=device_ids)
             # Statistics are reduced at the end of an epoch, or synchronised in the norms (--sync-bn): never broadcast.
-            self._distributed = nn.parallel.DistributedDataParallel(
-                learners, device_ids=device_ids, broadcast_buffers=False
-            )
+            # As an attribute: torch 2.13 gave the argument another name.
+            distributed.broadcast_buffers = False
+            self._distributed = distributed
         self._trained = [parameter for parameter in learners.parameters() if parameter.requires_grad]
 
     @property
@@ -124,7 +125,7 @@ class Engine:
         with contextlib.ExitStack() as stack:
             stack.enter_context(synchronised)
             stack.enter_context(self.autocast())
-            losses = parts(self.learners, self._run, self.static, batch, self.config, epoch)
+            losses = parts(self.learners, self._run, self.statics, batch, self.config, epoch)
             for name in names:
                 final = last and name == names[-1]
                 with nullcontext() if final else self._unreduced():
@@ -133,6 +134,7 @@ class Engine:
                     with torch.autocast(self.group.device.type, enabled=False):
                         loss = _joined(part.loss, self._trained) if final and self.group.world > 1 else part.loss
                         self.scaler.scale(loss * share).backward()
+                    del part, loss  # and with them the graph, before the next one is built
 
     def _run(self, name: str, images: Tensor) -> Outputs:
         outputs: Outputs = self._distributed(name, images)
@@ -195,11 +197,15 @@ def _split(batch: Batch, count: int) -> list[Batch]:
     return [Batch(*columns) for columns in zip(images, labels, targets, indices, strict=True)]
 
 
+def precision(config: TrainConfig) -> AbstractContextManager[None]:
+    """The context in which float32 products use TF32 exactly if the settings say so."""
+    return tf32(config.precision in ("tf32", "bf16", "fp16"))
+
+
 @contextmanager
-def precision(config: TrainConfig) -> Iterator[None]:
-    """Inside this context float32 products use TF32 exactly if the settings say so."""
+def tf32(wanted: bool) -> Iterator[None]:
+    """Inside this context float32 products use TF32, or do not; torch's default is that convolutions do."""
     matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    wanted = config.precision in ("tf32", "bf16", "fp16")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = wanted
     try:
         yield

@@ -18,11 +18,13 @@ from reparam.distill.config import TrainConfig
 from reparam.distill.config import options as settings
 from reparam.distill.data import load_source
 from reparam.distill.distributed import resolve_device
+from reparam.distill.engine import tf32
 from reparam.distill.evaluate import Entry
 from reparam.distill.finish import EMA, entries_of
 from reparam.distill.loaders import make_loader
 from reparam.distill.networks import Networks
-from reparam.distill.students import build, check_fit
+from reparam.distill.statics import renormalisation
+from reparam.distill.students import build, check_fit, grown
 from reparam.errors import FormatError, InputError
 from reparam.models import load_weights
 from reparam.provenance import provenance
@@ -57,18 +59,24 @@ def evaluate_run(
     changes: dict[str, Any] = {"data": data, "batch_size": batch_size}
     config = dataclasses.replace(config, **{name: value for name, value in changes.items() if value is not None})
     place = resolve_device(device)
-    source = load_source(config.data)
+    source = load_source(config.data, config.limit_train)
     classes = len(source.classes)
     student = build(config.model, classes, source.in_chans).to(place)
     loader = make_loader(source, config, student, place)
-    example = next(iter(loader.test()))[0][:2]
-    check_fit(student, example, loader.facts, config.model)
+    trained = files.read_json(path / files.CONFIG)["data"]
+    facts = loader.facts
+    # Resident data is normalised by its own statistics; the networks were trained with those of the run's data.
+    normalised = renormalisation((facts.mean, facts.std), (tuple(trained["mean"]), tuple(trained["std"])), place)
+    example = normalised(next(iter(loader.test()))[0][:2])
+    check_fit(student, example, facts, config.model)
+    if config.widen is not None:
+        student = grown(student, config.widen, example, config.noise)
     entries: list[Entry] = []
     for suffix, own, wide in (("", files.STUDENT, files.TEACHER), (EMA, files.STUDENT_EMA, files.TEACHER_EMA)):
         if (path / own).is_file():
             entries += _entries(student, path / own, path / wide, example, suffix)
-    with torch.no_grad():
-        rows = evaluate.measure(entries, loader.test())
+    with torch.no_grad(), tf32(False):
+        rows = evaluate.measure(entries, loader.test(), place=normalised)
     table = [dataclasses.asdict(row) for row in rows]
     print(f"{path}: {config.model} on {loader.facts.test_images:,} test images of {loader.facts.name}")
     print(report.networks_table(table))

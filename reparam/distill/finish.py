@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import reparam
 from reparam.distill import evaluate, files
 from reparam.distill.config import TrainConfig
-from reparam.distill.engine import Engine
+from reparam.distill.engine import Engine, tf32
 from reparam.distill.evaluate import Entry, Row
 from reparam.distill.files import RunFolder
 from reparam.distill.loaders import Loader
@@ -104,7 +104,8 @@ def finish(
     entries = entries_of(engine.networks, again(engine.networks, files.STUDENT), example)
     if averaged is not None:
         entries += entries_of(averaged, again(averaged, files.STUDENT_EMA), example, EMA)
-    table = evaluate.measure(entries, loader.test(), engine.group, engine.images)
+    with tf32(False):  # whose rounding is above the tolerances
+        table = evaluate.measure(entries, loader.test(), engine.group, engine.images)
     summary = _summary(config, engine, loader, folder, table, counts)
     if engine.group.main:
         files.write_json(folder.path / files.SUMMARY, summary)

@@ -65,7 +65,7 @@ class FolderLoader:
         )
         self._sampler = _TrainKeys(self._positions)
         train = _Images(source.train, _train_transform(config, self.facts), replace=self._limit)
-        test = _Images(source.test, _test_transform(config, self.facts), replace=0)
+        test = _Images(source.test, _test_transform(config, self.facts, described["crop_pct"]), replace=0)
         keys = [(0, index) for index in range(shard.rank, len(source.test), shard.world)]
         self._train = self._loader(train, config.workers, batch_sampler=self._sampler)
         self._test = self._loader(test, config.workers, sampler=keys, batch_size=self._positions.local)
@@ -233,8 +233,8 @@ def _posterize(image: Any, bits: int, **_: Any) -> Any:
     return posterize(image, bits) if bits else Image.new(image.mode, image.size)
 
 
-def _test_transform(config: TrainConfig, facts: Facts) -> Any:
+def _test_transform(config: TrainConfig, facts: Facts, crop_pct: float) -> Any:
     from timm.data.transforms_factory import create_transform
 
     interpolation = "bilinear" if config.interpolation == "random" else config.interpolation
-    return create_transform(facts.image_shape, interpolation=interpolation, normalize=False)
+    return create_transform(facts.image_shape, interpolation=interpolation, crop_pct=crop_pct, normalize=False)

@@ -25,6 +25,7 @@ class Meter:
         self._sums = torch.zeros(len(names), 3, dtype=kind, device=group.device)
         if state is not None and group.main:
             self._sums += state["sums"].to(self._sums)
+            self._sums[:, 0] *= group.world  # a loss is the mean over processes, and there may be others now
         self._recent: list[tuple[str, Tensor]] = []
 
     def add(self, name: str, loss: Tensor, logits: Tensor, labels: Tensor, share: float) -> None:
@@ -54,4 +55,6 @@ class Meter:
 
     def state(self) -> dict[str, Any]:
         """Return the sums of all processes, for a checkpoint in the middle of an epoch."""
-        return {"sums": self._group.sum(self._sums).cpu()}
+        sums = self._group.sum(self._sums).cpu()
+        sums[:, 0] /= self._group.world
+        return {"sums": sums}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -138,7 +138,7 @@ class Learners(nn.Module):
 
 def make_learners(
     networks: Networks,
-    static: StaticTeacher | None,
+    statics: Sequence[StaticTeacher],
     example: Tensor,
     labels: Tensor,
     config: TrainConfig,
@@ -148,7 +148,7 @@ def make_learners(
 
     Args:
         networks: the learners.
-        static: the static teacher, told here what to observe; None without one.
+        statics: the static teacher, told here what to observe, and its assistants; empty without one.
         example: images ``[N, C, H, W]``.
         labels: the class of every training image ``[M]``.
         config: the settings.
@@ -160,24 +160,30 @@ def make_learners(
     learning = {TEACHER: networks.teacher, STUDENT: networks.student}
     present = {name: network for name, network in learning.items() if network is not None}
     kind = get_distiller(config.distiller) if config.distiller else None
-    if kind is None or static is None:
-        plain = {name: Observed(compiled(network)) for name, network in present.items()}
-        return Learners(networks, plain, {})
+    if kind is None or not statics:
+        return Learners(networks, {name: Observed(compiled(network)) for name, network in present.items()}, {})
     if not kind.allows_mixing and (config.mixup or config.cutmix):
         raise InputError(f"--method {config.method}: mixed images have no index; leave out --mixup and --cutmix")
+    static = statics[0]
     networks.train(False)
     wanted = needs(kind)
     own = wanted.stages(networks.extract().eval(), example, config.model)
     other = wanted.stages(static.network, static.normalised(example), config.teacher or "")
-    static.observe = Observed(compiled(static.network), other)
-    observed = {name: Observed(compiled(network), own) for name, network in present.items()}
+    if config.compile and (own is not None or other is not None):
+        raise InputError(
+            f"--method {config.method} looks inside the networks, which --compile does not allow; leave it out"
+        )
+    static.observe = Observed(static.network, other)
     answers = static(example)
     weights = weights_of(config, kind)
     losses: dict[str, Distiller] = {}
-    for name, network in observed.items():
+    observed: dict[str, Observed] = {}
+    for name, network in present.items():
         if name == STUDENT or config.teacher_distill:
             with torch.no_grad():
-                losses[name] = kind(network(example), answers, weights, labels)
+                losses[name] = kind(Observed(network, own)(example), answers, weights, labels)
+        observed[name] = Observed(compiled(network), own)
+    static.observe = Observed(compiled(static.network), other)
     device, dtype = example.device, example.dtype
     return Learners(networks, observed, {name: loss.to(device, dtype) for name, loss in losses.items()})
 
@@ -185,7 +191,7 @@ def make_learners(
 def parts(
     learners: Learners,
     run: Callable[[str, Tensor], Outputs],
-    static: StaticTeacher | None,
+    statics: Sequence[StaticTeacher],
     batch: Batch,
     config: TrainConfig,
     epoch: int,
@@ -199,12 +205,12 @@ def parts(
     Args:
         learners: networks and losses.
         run: (name, images) to the outputs of a learner; ``learners`` itself, or what distributes it.
-        static: the static teacher, or None.
+        statics: the static teacher and its assistants; empty without one.
         batch: what to learn from.
         config: the settings.
         epoch: from 1.
     """
-    answers = None if static is None else static(batch.images)
+    answers = [static(batch.images) for static in statics]
     dynamic: Tensor | None = None
     for name in learners.names:
         outputs = run(name, batch.images)
@@ -213,26 +219,33 @@ def parts(
             soft = soft_term(outputs.logits, dynamic, config, epoch)
             loss = loss if soft is None else loss + soft
         dynamic = outputs.logits.detach()
-        yield Part(name, loss, outputs.logits)
+        part = Part(name, loss, outputs.logits)
+        del outputs, loss
+        yield part
+        del part  # and with it the graph, before the next one is built
 
 
 def _against_static(
     learners: Learners,
     name: str,
     outputs: Outputs,
-    answers: Outputs | None,
+    answers: Sequence[Outputs],
     batch: Batch,
     config: TrainConfig,
     epoch: int,
 ) -> Tensor:
     """``ce_weight CE + ramp D``; plain cross entropy where a learner has no loss against the static teacher."""
     labelled = cross_entropy(outputs.logits, batch, config)
-    if name not in learners.losses or answers is None:
+    if name not in learners.losses or not answers:
         return labelled
     loss = learners.losses[name]
     assert isinstance(loss, Distiller)  # ModuleDict knows modules only
     if config.standardise:
         outputs = replace(outputs, logits=standardise(outputs.logits))
-        answers = replace(answers, logits=standardise(answers.logits))
-    ramp = loss.weights.ramp(epoch)
-    return loss.weights.ce_weight * labelled + ramp * loss(outputs, answers, batch)
+        answers = [replace(answer, logits=standardise(answer.logits)) for answer in answers]
+    loss.epoch = epoch
+    ce_weight, share = loss.shares()
+    teacher, *assistants = answers
+    further = {"assistants": assistants} if loss.assistants != 0 else {}
+    total = ce_weight * labelled
+    return total + share * loss(outputs, teacher, batch, **further) if share else total

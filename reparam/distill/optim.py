@@ -76,7 +76,8 @@ def make_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, steps_
         sched=config.schedule,
         num_epochs=config.epochs - config.cooldown_epochs,
         decay_epochs=config.decay_epochs,
-        decay_milestones=list(config.milestones or ()),
+        # timm decays by steps where t + 1 reaches the milestone, which is one step early.
+        decay_milestones=[epoch + 0.5 / steps_per_epoch for epoch in config.milestones or ()],  # type: ignore[misc]
         decay_rate=config.decay_rate,
         min_lr=config.min_lr,
         cooldown_epochs=config.cooldown_epochs,

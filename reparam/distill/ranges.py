@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from reparam.errors import InputError
@@ -20,6 +20,9 @@ _AT_LEAST = {
     "alpha": 0,
     "beta": 0,
     "distill_warmup": 0,
+    "anneal_epochs": 1,
+    "assistant_epochs": 1,
+    "widen": 2,
     "kd_start_epoch": 1,
     "ratio": 1,
     "epochs": 1,
@@ -41,13 +44,29 @@ _AT_LEAST = {
     "eval_epochs": 1,
     "keep_best": 0,
     "save_steps": 1,
+    "save_epochs": 1,
 }
-_POSITIVE = ("lr", "decay_epochs", "decay_rate", "temperature", "crop_scale")
+_POSITIVE = ("lr", "decay_epochs", "decay_rate", "temperature", "tau_max", "tau_min", "crop_scale")
 _SHARES = ("label_smoothing", "kd_smoothing", "ema", "drop_path")
 _SHARES_WITH_ONE = ("mix_prob", "mix_switch_prob", "erase", "crop_scale")
 
 
-STATIC_ONLY = ("distill_weight", "temperature", "alpha", "beta", "ce_weight", "distill_warmup", "standardise")
+STATIC_ONLY = (
+    "distill_weight",
+    "temperature",
+    "tau_schedule",
+    "tau_max",
+    "tau_min",
+    "alpha",
+    "beta",
+    "ce_weight",
+    "distill_warmup",
+    "anneal_epochs",
+    "standardise",
+    "assistant",
+    "assistant_checkpoint",
+    "assistant_epochs",
+)
 """Settings of the loss against a static teacher; without one they would have no effect."""
 
 
@@ -75,6 +94,39 @@ def check_ranges(config: Any, choices: Mapping[str, tuple[str, ...]]) -> None:
         if value is not None and value not in allowed:
             raise InputError(f"{flag(name)} must be one of {', '.join(allowed)}, got {value!r}")
     _check_together(config)
+
+
+_IDLE: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    (
+        "ratio noise kd_weight kd_loss kd_smoothing kd_start_epoch teacher_distill lr_scale",
+        lambda config: not config.gpd,
+        "--method has no gpd",
+    ),
+    ("teacher_distill", lambda config: config.distiller is None, "--method has no loss against a static teacher"),
+    ("kd_smoothing", lambda config: config.kd_loss != "sce", "it belongs to --kd-loss sce"),
+    ("ema_warmup", lambda config: not config.ema, "there is no --ema"),
+    ("nesterov", lambda config: config.optimizer != "sgd", "it belongs to --optimizer sgd"),
+    ("milestones", lambda config: config.schedule != "multistep", "they belong to --schedule multistep"),
+    ("decay_epochs", lambda config: config.schedule != "step", "they belong to --schedule step"),
+    ("decay_rate", lambda config: config.schedule not in ("step", "multistep"), "it belongs to step schedules"),
+    ("min_lr cooldown_epochs", lambda config: config.schedule != "cosine", "it belongs to --schedule cosine"),
+    ("warmup_lr", lambda config: config.warmup_epochs == 0, "there is no warm-up"),
+)
+"""Settings, when they have no effect, and why."""
+
+
+def refuse_idle(config: Any, given: Collection[str]) -> None:
+    """Refuse settings that a user gave and that have no effect beside the others.
+
+    A recipe may hold such settings, for those who change its method; a user who types one expects it to do something.
+
+    Raises:
+        InputError: names the option and the reason.
+    """
+    for names, idle, reason in _IDLE:
+        for name in names.split():
+            if name in given and idle(config):
+                raise InputError(f"{flag(name)} would have no effect: {reason}")
 
 
 def flag(name: str) -> str:

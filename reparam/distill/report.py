@@ -120,8 +120,8 @@ def _share(parity: Mapping[str, float]) -> str:
     return f"{100 * parity['argmax_agreement']:.2f}%"
 
 
-def to_tensorboard(folder: Path, row: Mapping[str, Any]) -> None:
-    """Add a row of metrics.csv to TensorBoard's events in ``folder``.
+def tensorboard() -> Any:
+    """Return TensorBoard's writer.
 
     Raises:
         InputError: TensorBoard is not installed.
@@ -130,9 +130,14 @@ def to_tensorboard(folder: Path, row: Mapping[str, Any]) -> None:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise InputError("--tensorboard needs TensorBoard; pip install 'reparam[tensorboard]'") from error
-    with SummaryWriter(str(folder)) as writer:
+    return SummaryWriter
+
+
+def to_tensorboard(folder: Path, row: Mapping[str, Any]) -> None:
+    """Add a row of metrics.csv to TensorBoard's events in ``folder``; what was not measured is left out."""
+    with tensorboard()(str(folder)) as writer:
         for name, value in row.items():
-            if name not in ("epoch", "step"):
+            if name not in ("epoch", "step") and value is not None:
                 writer.add_scalar(name, value, row["epoch"])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from reparam.distill.config import TrainConfig
-from reparam.distill.files import CONFIG, STUDENT
+from reparam.distill.evaluate import count_parameters
+from reparam.distill.files import CONFIG, STUDENT, read_json
 from reparam.distill.loaders import Facts
 from reparam.distill.methods.base import Outputs
-from reparam.distill.students import build, check_fit
+from reparam.distill.students import build, check_fit, grown
 from reparam.errors import FormatError, InputError
+from reparam.models import TIMM_SCHEMES, load_weights
+
+GROWN = "expand:"
+"""How an assistant is named that is the student widened."""
 
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
 
@@ -35,13 +40,7 @@ class StaticTeacher:
     def __init__(self, network: nn.Module, facts: Facts, own: Normalisation) -> None:
         self.network = network.eval().requires_grad_(False)
         self.observe: Callable[[Tensor], Outputs] | None = None
-        device = next(network.parameters()).device
-        mean, std, own_mean, own_std = (
-            torch.tensor(value, dtype=torch.float64).view(1, -1, 1, 1) for value in (facts.mean, facts.std, *own)
-        )
-        self._scale = (std / own_std).float().to(device)
-        self._shift = ((mean - own_mean) / own_std).float().to(device)
-        self._same = (facts.mean, facts.std) == own
+        self.normalised = renormalisation((facts.mean, facts.std), own, next(network.parameters()).device)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Outputs:
@@ -49,38 +48,107 @@ class StaticTeacher:
         images = self.normalised(images)
         return Outputs(self.network(images)) if self.observe is None else self.observe(images)
 
-    def normalised(self, images: Tensor) -> Tensor:
-        """Change the student's normalisation into the teacher's."""
-        return images if self._same else images * self._scale.to(images.dtype) + self._shift.to(images.dtype)
+
+def renormalisation(found: Normalisation, wanted: Normalisation, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Return what changes images ``[N, C, H, W]`` of one normalisation (means, standard deviations) into another."""
+    if found == wanted:
+        return lambda images: images
+    mean, std, own_mean, own_std = (
+        torch.tensor(value, dtype=torch.float64).view(1, -1, 1, 1) for value in (*found, *wanted)
+    )
+    scale, shift = (std / own_std).to(device), ((mean - own_mean) / own_std).to(device)
+    return lambda images: images * scale.to(images.dtype) + shift.to(images.dtype)
 
 
-def load_static_teacher(config: TrainConfig, facts: Facts, example: Tensor) -> StaticTeacher:
-    """Build and load the network that ``config.teacher`` names, and try it.
+def load_static_teachers(
+    config: TrainConfig,
+    facts: Facts,
+    example: Tensor,
+    place: Callable[[nn.Module], nn.Module] = lambda network: network,
+) -> list[StaticTeacher]:
+    """Load the static teacher that the settings name, and the assistants between it and the student.
+
+    Args:
+        config: settings with ``teacher``, and with ``assistant`` and ``assistant_checkpoint`` for the others.
+        facts: the data of the run.
+        example: normalised images ``[N, C, H, W]`` on the device of the run.
+        place: gives a network the memory format of the run.
+
+    Raises:
+        InputError: the run that holds weights was of another network, or a folder is no run.
+        FormatError: weights do not fit.
+        ModelError: a network fails on the images, or has another number of classes.
+    """
+    wanted = [("--teacher", config.teacher or "", config.teacher_checkpoint)]
+    if config.assistant is not None:
+        names, paths = config.assistant.split(","), (config.assistant_checkpoint or "").split(",")
+        if len(names) != len(paths):
+            raise InputError(
+                f"--assistant names {len(names)} networks and --assistant-checkpoint {len(paths)} files or runs; "
+                "they go together in order"
+            )
+        wanted += [("--assistant", name, path) for name, path in zip(names, paths, strict=True)]
+    loaded = [_load(option, spec, path, config, facts, example, place) for option, spec, path in wanted]
+    teacher, *assistants = (count_parameters(one.network) for one in loaded)
+    for (_, name, _), size in zip(wanted[1:], assistants, strict=True):
+        if size > teacher:
+            warnings.warn(
+                f"the assistant {name} has {size:,} parameters, more than the teacher's {teacher:,}: it should stand "
+                "between teacher and student",
+                stacklevel=2,
+            )
+    return loaded
+
+
+def _load(
+    option: str,
+    spec: str,
+    checkpoint: str | None,
+    config: TrainConfig,
+    facts: Facts,
+    example: Tensor,
+    place: Callable[[nn.Module], nn.Module],
+) -> StaticTeacher:
+    """Build and load one network, and try it.
 
     Weights are timm's, those of a file, or those of the student of a finished run. The normalisation is that of the
     run; for timm's weights and for image folders what the model's ``pretrained_cfg`` says; else that of the data.
-
-    Args:
-        config: settings with ``teacher``.
-        facts: the data of the run.
-        example: normalised images ``[N, C, H, W]`` on the device of the run.
-
-    Raises:
-        InputError: the run that holds the weights was of another network, or the folder is no run.
-        FormatError: the weights do not fit.
-        ModelError: the network fails on the images, or has another number of classes.
     """
-    spec = config.teacher or ""
-    path = None if config.teacher_checkpoint is None else Path(config.teacher_checkpoint).expanduser()
-    run = None if path is None or not path.is_dir() else _read_run(path, spec)
+    path = Path(checkpoint).expanduser() if checkpoint else None
+    model, widen = (config.model, int(spec.partition(":")[2])) if spec.startswith(GROWN) else (spec, None)
+    run = None if path is None or not path.is_dir() else _read_run(option, path, spec, model, widen)
     weights = None if path is None else str(path / STUDENT if path.is_dir() else path)
-    network = build(spec, facts.classes, facts.image_shape[0], checkpoint=weights, pretrained=weights is None)
-    network.to(example.device)
+    if weights is None and ":" in spec and not spec.startswith(TIMM_SCHEMES):
+        raise InputError(f"{option} {spec} is a network without weights; give them with {option}-checkpoint")
+    network = build(
+        model,
+        facts.classes,
+        facts.image_shape[0],
+        checkpoint=None if widen else weights,
+        pretrained=weights is None,
+    ).to(example.device)
+    if weights is None:
+        _check_head(option, spec, network, facts)
+    if widen:
+        network = grown(network, widen, example.float(), config.noise)
+        load_weights(network, weights or "")
     teacher = StaticTeacher(network, facts, _normalisation(network, facts, run, weights is None))
-    check_fit(teacher.network, teacher.normalised(example.float()), facts, spec, "--teacher")
+    check_fit(teacher.network, teacher.normalised(example.float()), facts, spec, option)
     if example.dtype == torch.float64:
         network.double()
+    teacher.network = place(network)
     return teacher
+
+
+def _check_head(option: str, spec: str, network: nn.Module, facts: Facts) -> None:
+    """Timm leaves out the classifier of its weights, silently, where another number of classes is asked for."""
+    described = vars(network).get("pretrained_cfg") or {}
+    classes = described.get("num_classes")
+    if classes is not None and classes != facts.classes:
+        raise InputError(
+            f"{option} {spec}: timm's weights are for {classes} classes, and {facts.name} has {facts.classes}: the "
+            f"classifier would be random. Train it on this data first and give the run as {option}-checkpoint"
+        )
 
 
 def _normalisation(network: nn.Module, facts: Facts, run: dict[str, Any] | None, from_timm: bool) -> Normalisation:
@@ -95,15 +163,17 @@ def _normalisation(network: nn.Module, facts: Facts, run: dict[str, Any] | None,
     return found if len(found[0]) == len(same[0]) else same
 
 
-def _read_run(path: Path, spec: str) -> dict[str, Any]:
-    """Return the facts about the data of the run in ``path``, whose student has to be ``spec``."""
+def _read_run(option: str, path: Path, spec: str, model: str, widen: int | None) -> dict[str, Any]:
+    """Return the facts about the data of the run in ``path``, whose student has to be ``model``."""
     if not (path / CONFIG).is_file() or not (path / STUDENT).is_file():
-        raise InputError(f"--teacher-checkpoint {path} is no output folder of a run: it lacks {CONFIG} or {STUDENT}")
+        raise InputError(f"{option}-checkpoint {path} is no output folder of a run: it lacks {CONFIG} or {STUDENT}")
+    content = read_json(path / CONFIG)
     try:
-        content = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-        model, data = content["config"]["model"], content["data"]
-    except (ValueError, KeyError) as error:
-        raise FormatError(f"{path / CONFIG} is damaged or was written by another version: {error!r}") from error
-    if model != spec:
-        raise InputError(f"--teacher-checkpoint {path} is a run of {model}, but --teacher is {spec}")
+        found, data = content["config"], content["data"]
+        same = (found["model"], found.get("widen")) == (model, widen)
+    except (TypeError, KeyError) as error:
+        raise FormatError(f"{path / CONFIG} was written by another version: it lacks {error}") from error
+    if not same:
+        wide = f" widened by {found['widen']}" if found.get("widen") else ""
+        raise InputError(f"{option}-checkpoint {path} is a run of {found['model']}{wide}, but {option} is {spec}")
     return dict(data)

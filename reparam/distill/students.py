@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import reparam
 from reparam.distill.config import TrainConfig
 from reparam.distill.loaders import Facts
 from reparam.distill.methods.base import logits_of
@@ -57,6 +58,14 @@ def build(
         except InputError as error:
             refused = refused or error
     raise refused or InputError(f"the network {spec} could not be built")
+
+
+def grown(network: nn.Module, ratio: int, example: Tensor, noise: float) -> nn.Module:
+    """Return a network widened by ``ratio`` that is to be trained, or was, as a network of its own.
+
+    It starts with the function of ``network``: an assistant whose distance to the student is chosen.
+    """
+    return reparam.expand(network, ratio, example_input=example, noise=noise)
 
 
 def check_fit(network: nn.Module, example: Tensor, facts: Facts, name: str, option: str = "--model") -> None:

@@ -4,8 +4,9 @@ Every loss is a scalar tensor. Half-precision inputs are computed in float32, al
 as they are. Gradients stay finite for all finite logits up to the size where the loss itself overflows, and where a
 direction is not defined (a constant row, two equal samples) they are zero.
 
-Gradients reach the student, and the modules' own parameters: the teacher is a constant. Three functions leave that to
-the caller and are differentiable with respect to both sets of logits: ``kd``, ``dkd``, ``smoothed_cross_entropy``.
+Gradients reach the student, and the modules' own parameters: the teacher is a constant. Four functions leave that to
+the caller and are differentiable with respect to all logits: ``kd``, ``dkd``, ``double_decoupled``,
+``smoothed_cross_entropy``.
 
 Class indices and image numbers are compared with their range on the CPU. On other devices that would make the host
 wait in every step, and there torch's own index assertion ends the run.
@@ -14,6 +15,7 @@ wait in every step, and there torch's own index assertion ends the run.
 |---|---|---|
 | soft targets | ``soft.py`` | ``kd``, ``smoothed_cross_entropy``, ``soft_loss``, ``SOFT_LOSSES`` |
 | decoupled | ``decoupled.py`` | ``dkd`` |
+| decoupled, with an assistant (Gap-KD) | ``gap.py`` | ``double_decoupled`` |
 | standardised logits (LSKD) | ``standardised.py`` | ``standardise``, ``lskd`` |
 | correlation (DIST) | ``correlation.py`` | ``dist``, ``correlation_distance`` |
 | relations (RKD) | ``relations.py`` | ``rkd``, ``rkd_distance``, ``rkd_angle`` |
@@ -28,6 +30,7 @@ from reparam.distill.losses.attention import attention_map, attention_transfer
 from reparam.distill.losses.contrast import CRD, noise_contrast
 from reparam.distill.losses.correlation import correlation_distance, dist
 from reparam.distill.losses.decoupled import dkd
+from reparam.distill.losses.gap import double_decoupled
 from reparam.distill.losses.hints import Connector, FitNet, hint
 from reparam.distill.losses.levels import match_levels, pair_embeddings
 from reparam.distill.losses.relations import rkd, rkd_angle, rkd_distance
@@ -47,6 +50,7 @@ __all__ = [
     "correlation_distance",
     "dist",
     "dkd",
+    "double_decoupled",
     "hcl",
     "hint",
     "kd",

@@ -40,20 +40,25 @@ def dkd(student: Tensor, teacher: Tensor, target: Tensor, alpha: float, beta: fl
     """
     check_logits(student, teacher)
     check_temperature(temperature)
-    if target.shape != student.shape[:1] or student.shape[1] < 2:
-        raise InputError(
-            f"dkd needs logits [N, C >= 2] and targets [N]; got logits {list(student.shape)} and "
-            f"targets {list(target.shape)} (class indices, not one-hot)"
-        )
-    check_indices(target, student.shape[1], "targets")
-    student_binary, student_others = _decouple(student, target, temperature)
-    teacher_binary, teacher_others = _decouple(teacher, target, temperature)
+    check_targets("dkd", student, target)
+    student_binary, student_others = decouple(student, target, temperature)
+    teacher_binary, teacher_others = decouple(teacher, target, temperature)
     target_term = divergence(teacher_binary, student_binary)
     other_term = divergence(teacher_others, student_others)
     return (alpha * target_term + beta * other_term) * temperature**2
 
 
-def _decouple(logits: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def check_targets(loss: str, student: Tensor, target: Tensor) -> None:
+    """Insist on one class index per image, and on a class beside it."""
+    if target.shape != student.shape[:1] or student.shape[1] < 2:
+        raise InputError(
+            f"{loss} needs logits [N, C >= 2] and targets [N]; got logits {list(student.shape)} and "
+            f"targets {list(target.shape)} (class indices, not one-hot)"
+        )
+    check_indices(target, student.shape[1], "targets")
+
+
+def decouple(logits: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Return log probabilities ``[N, 2]`` of (target, all others) and ``[N, C]`` of each one among the others.
 
     The target's column of the second is the lowest number in both networks: a probability of 0, which adds nothing to

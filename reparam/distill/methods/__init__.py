@@ -1,6 +1,21 @@
 """Training methods, one file each: GPD, and the losses against a static teacher."""
 
-from reparam.distill.methods import at, crd, dist, dkd, fitnet, gpd, kd, lskd, reviewkd, rkd
+from reparam.distill.methods import (
+    annealing,
+    at,
+    crd,
+    dgkd,
+    dist,
+    dkd,
+    fitnet,
+    gapkd,
+    gpd,
+    kd,
+    lskd,
+    reviewkd,
+    rkd,
+    takd,
+)
 from reparam.distill.methods.base import (
     Batch,
     Distiller,
@@ -17,18 +32,22 @@ __all__ = [
     "Distiller",
     "Outputs",
     "Weights",
+    "annealing",
     "at",
     "crd",
+    "dgkd",
     "dist",
     "distiller",
     "distillers",
     "dkd",
     "fitnet",
+    "gapkd",
     "get_distiller",
     "gpd",
     "kd",
     "lskd",
     "reviewkd",
     "rkd",
+    "takd",
     "weights_of",
 ]

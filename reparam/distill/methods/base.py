@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reparam.distill.config import TrainConfig
+from reparam.distill.ranges import flag
+from reparam.distill.schedules import temperature
 from reparam.errors import InputError, ModelError, near_matches
 
 
@@ -63,6 +65,8 @@ class Weights:
         distill_weight: weight of the loss.
         warmup: epochs over which ``distill_weight`` grows linearly, ``min(epoch / warmup, 1)`` with epoch from 1.
         temperature: of the softmax, where the loss has one.
+        temperatures: the same for each epoch, where it follows a schedule.
+        anneal_epochs: epochs of the first phase of a method that has two.
         alpha: DKD's weight of the target class.
         beta: DKD's weight of the other classes.
     """
@@ -71,6 +75,8 @@ class Weights:
     distill_weight: float = 1.0
     warmup: int = 0
     temperature: float = 4.0
+    temperatures: tuple[float, ...] = ()
+    anneal_epochs: int = 0
     alpha: float = 1.0
     beta: float = 8.0
 
@@ -94,20 +100,40 @@ class Distiller(nn.Module):
     Attributes:
         wants_features: whether ``Outputs.features`` has to be filled.
         wants_embedding: whether ``Outputs.embedding`` has to be filled.
+        assistants: how many networks between teacher and student the loss needs: 0, 1, or None for one or more. Such
+            a loss takes their outputs as a further argument ``assistants``.
+        hands_down: what a chain of assistants learns from: "teacher", each from the one before it ("previous"), or
+            from all before it ("all").
         allows_mixing: whether mixed images (mixup, cutmix) make sense.
         numbers: which of temperature, alpha and beta the loss has, and "standardise" if its logits may be.
+        schedule: name of the schedule that the temperature follows by default, with its highest and lowest value.
         defaults: the numbers of the method's paper.
+        epoch: the current one, from 1; set before each step.
     """
 
     wants_features: ClassVar[bool] = False
     wants_embedding: ClassVar[bool] = False
+    assistants: ClassVar[int | None] = 0
+    hands_down: ClassVar[str] = "teacher"
     allows_mixing: ClassVar[bool] = True
     numbers: ClassVar[frozenset[str]] = frozenset()
+    schedule: ClassVar[tuple[str, float, float] | None] = None
     defaults: ClassVar[Weights] = Weights()
 
     def __init__(self, learner: Outputs, teacher: Outputs, weights: Weights, labels: Tensor) -> None:
         super().__init__()
         self.weights = weights
+        self.epoch = 1
+
+    @property
+    def temperature(self) -> float:
+        """The temperature of the current epoch."""
+        found = self.weights.temperatures
+        return found[min(self.epoch, len(found)) - 1] if found else self.weights.temperature
+
+    def shares(self) -> tuple[float, float]:
+        """The weights of cross entropy and loss in the current epoch."""
+        return self.weights.ce_weight, self.weights.ramp(self.epoch)
 
     def forward(self, learner: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """The loss of a batch, a scalar without `Weights.ramp`; the teacher's outputs carry no gradient."""
@@ -148,9 +174,9 @@ def weights_of(config: TrainConfig, kind: type[Distiller]) -> Weights:
     Raises:
         InputError: a setting would have no effect on this loss.
     """
-    for name in ("temperature", "alpha", "beta", "standardise"):
-        if getattr(config, name) and name not in kind.numbers:
-            raise InputError(f"--{name} {getattr(config, name)}: the loss of --method {config.method} has none")
+    for name in ("temperature", "tau_schedule", "tau_max", "tau_min", "alpha", "beta", "standardise", "anneal_epochs"):
+        if getattr(config, name) and name.replace("tau", "temperature").partition("_")[0] not in kind.numbers:
+            raise InputError(f"{flag(name)} {getattr(config, name)}: the loss of --method {config.method} has none")
     wished = {
         "ce_weight": config.ce_weight,
         "distill_weight": config.distill_weight,
@@ -160,7 +186,26 @@ def weights_of(config: TrainConfig, kind: type[Distiller]) -> Weights:
         "beta": config.beta,
     }
     values = {**vars(kind.defaults), **{name: value for name, value in wished.items() if value is not None}}
-    return Weights(**values)
+    first = max(1, 2 * config.epochs // 3) if config.anneal_epochs is None else config.anneal_epochs
+    return Weights(**{**values, "temperatures": _temperatures(config, kind), "anneal_epochs": first})
+
+
+def _temperatures(config: TrainConfig, kind: type[Distiller]) -> tuple[float, ...]:
+    """The temperature of each epoch, where the settings or the method ask for a schedule."""
+    wished = config.tau_schedule, config.tau_max, config.tau_min
+    if config.temperature is not None and any(value is not None for value in wished):
+        raise InputError(
+            "--temperature is one value for all epochs; leave it out beside --tau-schedule, --tau-max and --tau-min"
+        )
+    if config.temperature is not None or (kind.schedule is None and config.tau_schedule is None):
+        if config.tau_max is not None or config.tau_min is not None:
+            raise InputError("--tau-max and --tau-min belong to a schedule of the temperature; add --tau-schedule")
+        return ()
+    name, highest, lowest = kind.schedule or ("dtm", 20.0, 1.0)
+    highest = highest if config.tau_max is None else config.tau_max
+    lowest = lowest if config.tau_min is None else config.tau_min
+    epochs = max(config.epochs, 2) if config.fast_dev_run else config.epochs  # one epoch has no beginning and end
+    return tuple(temperature(config.tau_schedule or name, highest, lowest, epochs))
 
 
 def cross_entropy(logits: Tensor, batch: Batch, config: TrainConfig) -> Tensor:

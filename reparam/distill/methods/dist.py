@@ -17,4 +17,4 @@ class DIST(Distiller):
 
     def forward(self, learner: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """See `Distiller`."""
-        return dist(learner.logits, teacher.logits, temperature=self.weights.temperature)
+        return dist(learner.logits, teacher.logits, temperature=self.temperature)

@@ -21,4 +21,4 @@ class DKD(Distiller):
     def forward(self, learner: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """See `Distiller`."""
         numbers = self.weights
-        return dkd(learner.logits, teacher.logits, batch.labels, numbers.alpha, numbers.beta, numbers.temperature)
+        return dkd(learner.logits, teacher.logits, batch.labels, numbers.alpha, numbers.beta, self.temperature)

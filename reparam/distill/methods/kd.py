@@ -17,4 +17,4 @@ class KD(Distiller):
 
     def forward(self, learner: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """See `Distiller`."""
-        return kd(learner.logits, teacher.logits, self.weights.temperature)
+        return kd(learner.logits, teacher.logits, self.temperature)

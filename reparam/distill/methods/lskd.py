@@ -22,4 +22,4 @@ class LSKD(Distiller):
 
     def forward(self, learner: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """See `Distiller`."""
-        return _standardised_kd(learner.logits, teacher.logits, self.weights.temperature)
+        return _standardised_kd(learner.logits, teacher.logits, self.temperature)

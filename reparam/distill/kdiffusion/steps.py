@@ -1,0 +1,268 @@
+"""The losses of Kdiffusion on features that have the teacher's size already; pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from reparam.distill.kdiffusion.options import Options
+from reparam.distill.kdiffusion.posterior import Diffusion
+from reparam.distill.losses.shared import as_map, check_floating, constant, promote
+from reparam.errors import InputError
+
+
+def permutation(
+    options: Options,
+    batch: int,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Draw the order in which the features enter the chain.
+
+    Args:
+        options: how many there are, and what is shuffled.
+        batch: ``N``.
+        generator: of the random numbers; torch's own without it. It decides on which device they are drawn.
+        device: of the result.
+
+    Returns:
+        ``[m]``, or ``[N, m]`` for a shuffle per sample: the number of the feature at each step, int64.
+    """
+    count = options.features
+    if options.shuffle == "none":
+        return torch.arange(count, device=device)
+    home = generator.device if generator is not None else torch.device("cpu")
+    if options.shuffle == "iteration":
+        return torch.randperm(count, generator=generator, device=home).to(device)
+    return torch.rand(batch, count, generator=generator, device=home).argsort(dim=1).to(device)
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A teacher's feature as the chain sees it.
+
+    Attributes:
+        values: ``[N, C, H, W]``, without history, every channel with mean 0 and variance 1 if standardised.
+        mean: what was subtracted, ``[1, C, 1, 1]``.
+        scale: what was divided by.
+    """
+
+    values: Tensor
+    mean: Tensor
+    scale: Tensor
+
+    def restore(self, values: Tensor) -> Tensor:
+        """Bring values of the chain to the scale of the teacher's feature."""
+        return values * self.scale + self.mean
+
+
+def scaled(teacher: Tensor, standardise: bool = True) -> Scaled:
+    """Standardise every channel of a teacher's feature over batch and places, or leave it as it is.
+
+    Channels that are constant in the batch become 0. In a run with several processes each one has its own statistics.
+
+    Args:
+        teacher: ``[N, C, H, W]`` or ``[N, C]``.
+        standardise: False for mean 0 and scale 1.
+
+    Raises:
+        InputError: no map or vector, not floating point, or a single value per channel.
+    """
+    check_floating(teacher)
+    values = as_map(constant(teacher))
+    if not standardise:
+        return Scaled(values, values.new_zeros(1, values.shape[1], 1, 1), values.new_ones(1, values.shape[1], 1, 1))
+    if values.numel() <= values.shape[1]:
+        raise InputError(
+            f"a feature {list(teacher.shape)} has fewer than two values per channel, which have no variance; use a "
+            "larger batch, or standardise=False"
+        )
+    variance, mean = torch.var_mean(values, dim=(0, 2, 3), correction=0, keepdim=True)
+    size = values.abs().amax(dim=(0, 2, 3), keepdim=True)
+    varied = variance > (4 * torch.finfo(values.dtype).eps * size) ** 2
+    scale = torch.where(varied, variance, 1).sqrt()
+    return Scaled(torch.where(varied, (values - mean) / scale, 0), mean, scale)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The steps of a chain, ``m`` maps ``[N, C, H, W]`` each.
+
+    Attributes:
+        targets: where the teacher's chain goes in each step; no gradient but with ``noise="chain"``.
+        predictions: where the student's goes; the last one is its estimate of the teacher's feature.
+    """
+
+    targets: tuple[Tensor, ...]
+    predictions: tuple[Tensor, ...]
+
+    def loss(self) -> Tensor:
+        """The mean squared difference of each step, summed."""
+        pairs = zip(self.predictions, self.targets, strict=True)
+        return torch.stack([F.mse_loss(ours, theirs) for ours, theirs in pairs]).sum()
+
+
+def trace(
+    features: Sequence[Tensor],
+    teacher: Tensor,
+    numbers: Diffusion,
+    order: Tensor,
+    options: Options | None = None,
+    generator: torch.Generator | None = None,
+) -> Trace:
+    """Run the chains of student and teacher.
+
+    With ``y_k`` the feature at step ``k = 1..m``, ``X_k`` the teacher's value behind it and ``f_k`` the student's,
+
+    ``target_k = u_k X_{k-1} + v_k x_0`` where ``X_{k-1} = A_{k-1} x_0 + B_{k-1} stopgrad(y_k)``, and
+    ``f_k = u_k f_{k-1} + v_k y_k`` from ``f_0 = y_1``.
+
+    Args and errors: see `chain`.
+    """
+    options = options or Options(features=len(numbers), steps=max(len(numbers), 1000))
+    x = scaled(teacher, options.standardise).values
+    ordered = _ordered(features, x, numbers, order)
+    value = ordered[0] if options.start == "first" else torch.zeros_like(x)
+    targets, predictions = [], []
+    for k, y in enumerate(ordered):
+        past = value.detach() if options.detach else value
+        if options.noise == "chain":
+            begin = past
+        else:
+            noise = y.detach() if options.noise == "student" else _gaussian(x, generator)
+            begin = numbers.signal[k] * x + numbers.noise[k] * noise
+        targets.append(numbers.u[k] * begin + numbers.v[k] * x)
+        value = numbers.u[k] * past + numbers.v[k] * y
+        predictions.append(value)
+    return Trace(tuple(targets), tuple(predictions))
+
+
+def chain(
+    features: Sequence[Tensor],
+    teacher: Tensor,
+    numbers: Diffusion,
+    order: Tensor,
+    options: Options | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """The loss of one layer in one iteration: squared differences of both chains (see `trace`), summed over the steps.
+
+    Of each step the mean over all elements. The student's features are those behind the connector, in the scale of the
+    standardised teacher.
+
+    Args:
+        features: the ``m`` features of the student, each ``[N, C, H, W]`` (or ``[N, C]``) of the teacher's size.
+        teacher: the teacher's feature as it is; detached.
+        numbers: of the schedule, `Options.diffusion`.
+        order: see `permutation`.
+        options: what the paper leaves open; only ``start``, ``noise``, ``detach`` and ``standardise`` matter here.
+        generator: of Gaussian noise, on the device of the features.
+
+    Raises:
+        InputError: another number of features than steps, features of another size than the teacher's, or an order that
+            is no permutation of them.
+
+    Source: Kdiffusion, equations 8 to 13, with the corrected coefficients of `diffusion`.
+    """
+    return trace(features, teacher, numbers, order, options, generator).loss()
+
+
+def average(features: Sequence[Tensor], teacher: Tensor, options: Options | None = None) -> Tensor:
+    """The paper's control: the mean squared difference between the mean of all heads and the teacher; no diffusion.
+
+    Args:
+        features: of the student, each of the teacher's size.
+        teacher: the teacher's feature; detached.
+        options: ``standardise`` matters.
+
+    Raises:
+        InputError: sizes do not fit.
+
+    Source: Kdiffusion, table 2, row "average".
+    """
+    target = scaled(teacher, options is None or options.standardise).values
+    return F.mse_loss(torch.stack(_checked(features, target)).mean(dim=0), target)
+
+
+def guided(
+    estimate: Tensor, teacher: Tensor, head: Callable[[Tensor], Tensor], options: Options | None = None
+) -> Tensor:
+    """The target-guided loss: both features through the teacher's next layer, mean squared difference of the results.
+
+    The estimate is brought back to the scale of the teacher's feature first: the next layer has never seen a
+    standardised one. A module is run with its parameters as constants, so it learns nothing here, whatever their
+    ``requires_grad``.
+
+    Args:
+        estimate: the student's estimate of the teacher's feature, in the chain's scale, of its size.
+        teacher: the teacher's feature; detached.
+        head: the next layer, frozen and in eval mode: the classifier for the penultimate feature, else the next stage.
+        options: ``standardise`` matters.
+
+    Raises:
+        InputError: sizes do not fit, or ``head`` is in train mode, where it would compute something else.
+
+    Source: Kdiffusion, equation 14.
+    """
+    if isinstance(head, nn.Module):
+        if any(part.training for part in head.modules()):
+            raise InputError("the teacher's next layer is in train mode; call .eval() on the teacher first")
+        module, state = head, {name: value.detach() for name, value in _state(head)}
+        head = lambda x: functional_call(module, state, (x,))  # noqa: E731
+    with torch.no_grad():
+        wanted = promote(head(teacher))
+    target = scaled(teacher, options is None or options.standardise)
+    (value,) = _checked([estimate], target.values)
+    restored = target.restore(value).reshape(teacher.shape).to(teacher.dtype)
+    return F.mse_loss(promote(head(restored)), wanted)
+
+
+def _state(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*module.named_parameters(), *module.named_buffers()]
+
+
+def _gaussian(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    return torch.randn(like.shape, dtype=like.dtype, device=like.device, generator=generator)
+
+
+def _checked(features: Sequence[Tensor], target: Tensor) -> list[Tensor]:
+    """Features as maps in full precision, all of the target's size."""
+    if isinstance(features, Tensor) or not features:
+        raise InputError("the features of the student must be a list of tensors, one per head")
+    check_floating(*features)
+    maps = [as_map(promote(feature)) for feature in features]
+    for number, value in enumerate(maps):
+        if value.shape != target.shape:
+            raise InputError(
+                f"feature {number} of the student is {list(value.shape)}, the teacher's {list(target.shape)}; a "
+                "connector (reparam.distill.kdiffusion.LayerLoss has one) brings it to that size"
+            )
+    return maps
+
+
+def _ordered(features: Sequence[Tensor], target: Tensor, numbers: Diffusion, order: Tensor) -> list[Tensor]:
+    maps = _checked(features, target)
+    count = len(numbers)
+    if len(maps) != count:
+        raise InputError(f"a chain of {count} steps needs as many features, got {len(maps)}")
+    shapes = [(count,), (len(target), count)]
+    if order.dtype != torch.int64 or tuple(order.shape) not in shapes:
+        raise InputError(
+            f"order must be int64 numbers {list(shapes[0])} or {list(shapes[1])}, got {order.dtype} {list(order.shape)}"
+        )
+    # Looked at on the CPU only, where nothing has to wait.
+    expected = torch.arange(count).expand_as(order) if order.device.type == "cpu" else None
+    if expected is not None and not torch.equal(order.sort(dim=-1).values, expected):
+        raise InputError(f"order must hold each of the numbers 0 to {count - 1} once, got {order.tolist()}")
+    stacked = torch.stack(maps)
+    if order.dim() == 1:
+        return list(stacked[order])
+    return list(stacked[order.T, torch.arange(len(target), device=order.device)])
+
+
+__all__ = ["Scaled", "Trace", "average", "chain", "guided", "permutation", "scaled", "trace"]

@@ -1,0 +1,143 @@
+"""A run before its first step: everything that it needs, loaded and checked."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+import reparam.distill.models  # noqa: F401  (registers the networks with timm)
+from reparam.distill import report
+from reparam.distill.config import TrainConfig
+from reparam.distill.data import Arrays, Source, load_source
+from reparam.distill.distributed import Group
+from reparam.distill.engine import Engine
+from reparam.distill.files import RunFolder, open_run_folder
+from reparam.distill.finish import sizes
+from reparam.distill.loaders import Loader, Shard, make_loader, seed_everything
+from reparam.distill.meter import Meter
+from reparam.distill.networks import make_learners, make_networks
+from reparam.distill.optim import make_optimizer, make_scheduler
+from reparam.distill.statics import load_static_teachers
+from reparam.distill.students import build_student, check_fit, grown
+from reparam.errors import InputError
+from reparam.provenance import LIBRARIES, versions
+
+
+@dataclass
+class Run:
+    """Everything alive during a run.
+
+    Attributes:
+        config: settings with all defaults filled in.
+        engine: networks, losses, optimizer.
+        loader: the data.
+        folder: where files go; only the main process writes.
+        progress: what is shown.
+        blank: the student before training, for the final check.
+        epoch: number of finished epochs.
+        step: finished steps of the epoch after that.
+        steps: finished steps of all epochs.
+        saved: the epoch whose networks are in the files.
+        order: number of rollbacks, which changes the order of the data.
+        seconds: of earlier parts of the run.
+        meter: of the current epoch.
+    """
+
+    config: TrainConfig
+    engine: Engine
+    loader: Loader
+    folder: RunFolder
+    progress: report.Progress
+    blank: nn.Module
+    meter: Meter
+    epoch: int = 0
+    step: int = 0
+    steps: int = 0
+    order: int = 0
+    saved: int = 0
+    seconds: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def group(self) -> Group:
+        """The processes."""
+        return self.engine.group
+
+
+def start(
+    config: TrainConfig,
+    student: nn.Module | None,
+    source: Source | None,
+    command: Sequence[str],
+    group: Group,
+    check: bool,
+) -> Run:
+    """Load and check everything that a run needs.
+
+    Args:
+        config: settings with all defaults filled in.
+        student: the network to train, or None for the one that ``config`` names.
+        source: the data, or None to load it.
+        command: what the user typed, for config.json.
+        group: the processes.
+        check: refuse an output folder that holds a run.
+    """
+    source = source if source is not None else load_source(config.data, config.limit_train)
+    _set_threads(config, source)
+    seed_everything(config.seed)
+    student = student if student is not None else build_student(config, len(source.classes), source.in_chans)
+    student.to(group.device)
+    loader = make_loader(source, config, student, group.device, Shard(group.rank, group.world))
+    if (loader.batch_size // group.world) % config.accumulate:
+        share = f"{loader.batch_size} images over {group.world} processes"
+        raise InputError(f"--accumulate {config.accumulate} does not divide each process's part of a step, {share}")
+    example = next(iter(loader.test()))[0][:2]
+    check_fit(student, example, loader.facts, config.model)
+    if config.precision == "fp64":
+        student.double()
+        example = example.double()
+    if config.widen is not None:
+        student = grown(student, config.widen, example, config.noise)
+    blank = copy.deepcopy(student)
+    networks = make_networks(student, example, config)
+    if config.channels_last:
+        networks.owner.to(memory_format=torch.channels_last)
+    statics = load_static_teachers(config, loader.facts, example) if config.distiller else []
+    compiled: Any = torch.compile if config.compile else lambda network: network
+    learners = make_learners(networks, statics, example, loader.labels, config, compiled)
+    exempt = frozenset(f"owner.{name}" for name in getattr(networks.owner, "no_weight_decay", set)())
+    divisors: dict[str, float] = getattr(networks.student, "divisors", dict)()
+    scales = {f"owner.{name}": value for name, value in divisors.items()}
+    optimizer = make_optimizer(learners, config, exempt, scales)
+    scheduler = make_scheduler(optimizer, config, loader.steps)
+    engine = Engine(learners, statics, optimizer, scheduler, config, group)
+    folder = RunFolder(group.decide(lambda: open_run_folder(config, check=check).path))
+    progress = report.Progress(config.epochs, loader.steps, config.quiet or not group.main)
+    run = Run(config, engine, loader, folder, progress, blank, Meter(learners.names, group))
+    if group.main:
+        folder.write_config(config, versions(LIBRARIES), command, asdict(loader.facts))
+    progress.say(report.opening(config, loader.facts, sizes(networks), str(group.device), group.world))
+    return run
+
+
+@contextmanager
+def threads_restored() -> Iterator[None]:
+    """Leave the number of threads as it was."""
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _set_threads(config: TrainConfig, source: Source) -> None:
+    tiny = isinstance(source, Arrays) and source.x_train[0, 0].numel() <= 16 * 16 and config.image_size is None
+    if config.threads or tiny:
+        torch.set_num_threads(config.threads or 1)

@@ -1,0 +1,246 @@
+"""Assistants between teacher and student: what each learns from, stopping between stages, errors."""
+
+import dataclasses
+import json
+import warnings
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from reparam.distill import chain, losses, schedules, trainer
+from reparam.distill.chain import train_all
+from reparam.distill.config import TrainConfig
+from reparam.distill.data import load_source
+from reparam.distill.methods import Batch, Outputs, get_distiller, weights_of
+from reparam.distill.trainer import train
+from reparam.errors import InputError, StoppedError
+
+TEACHER = "cifar_resnet14"
+
+
+@pytest.fixture(scope="module")
+def source():
+    return load_source("digits", limit_train=120)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory, source):
+    """The output folder of a run that trained the static teacher."""
+    output = tmp_path_factory.mktemp("runs") / "teacher"
+    train(
+        TrainConfig(model=TEACHER, method="baseline", epochs=1, batch_size=40, output=str(output), quiet=True),
+        source=source,
+    )
+    return str(output)
+
+
+@pytest.fixture
+def config(tmp_path, teacher):
+    return TrainConfig(
+        teacher=TEACHER,
+        teacher_checkpoint=teacher,
+        method="gapkd",
+        assistant="cifar_resnet8",
+        epochs=2,
+        batch_size=40,
+        output=str(tmp_path / "run"),
+        quiet=True,
+    )
+
+
+def settings(folder):
+    return json.loads((folder / "config.json").read_text())["config"]
+
+
+def outputs(count, seed=0, names=("student", "teacher", "first", "second")):
+    generator = torch.Generator().manual_seed(seed)
+    return {name: Outputs(torch.randn(count, 7, generator=generator, dtype=torch.float64)) for name in names}
+
+
+def loss_of(method, epoch=1, epochs=10, **changes):
+    """A loss with the settings of a run, in a given epoch."""
+    kind = get_distiller(method)
+    needs = {"assistant": "cifar_resnet8"} if kind.assistants != 0 else {}
+    config = TrainConfig(method=method, teacher=TEACHER, epochs=epochs, **needs, **changes)
+    example = Outputs(torch.zeros(2, 7))
+    loss = kind(example, example, weights_of(config, kind), torch.arange(7))
+    loss.epoch = epoch
+    return loss
+
+
+def batch_of(count):
+    images = torch.zeros(count, 1, 8, 8)
+    return Batch(images, torch.arange(count) % 7, None, torch.arange(count))
+
+
+# Formulas ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("epoch", [1, 4, 10])
+def test_gapkd_takes_the_target_from_the_teacher_and_the_rest_from_the_assistant(epoch):
+    found, batch, loss = outputs(6), batch_of(6), loss_of("gapkd", epoch)
+    temperature = 20 * (1 / 20) ** ((epoch - 1) / 9)
+    expected = losses.double_decoupled(
+        found["student"].logits, found["teacher"].logits, found["first"].logits, batch.labels, 8.3, 6.2, temperature
+    )
+    value = loss(found["student"], found["teacher"], batch, assistants=[found["first"]])
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
+    assert loss.shares() == (0.68, min(epoch / 7, 1.0))
+    swapped = loss(found["student"], found["first"], batch, assistants=[found["teacher"]])
+    assert not torch.isclose(value, swapped)
+
+
+def test_released_form_of_gapkd_has_a_constant_temperature():
+    loss = loss_of("gapkd", 9, tau_schedule="constant", tau_max=4.0)
+    assert loss.temperature == 4.0
+
+
+def test_takd_learns_from_the_last_assistant_alone():
+    found, batch, loss = outputs(5), batch_of(5), loss_of("takd")
+    value = loss(found["student"], found["teacher"], batch, assistants=[found["first"], found["second"]])
+    torch.testing.assert_close(value, losses.kd(found["student"].logits, found["second"].logits, 4.0))
+
+
+def test_dgkd_learns_from_all_and_drops_assistants_at_random():
+    found, batch, loss = outputs(5), batch_of(5), loss_of("dgkd")
+    student = found["student"].logits
+    names = ("teacher", "first", "second")
+    each = [losses.kd(student, found[name].logits, 4.0).item() for name in names]
+    assistants = [found["first"], found["second"]]
+    loss.eval()
+    whole = loss(found["student"], found["teacher"], batch, assistants=assistants).item()
+    assert whole == pytest.approx(sum(each), rel=1e-12)
+    loss.train()
+    torch.manual_seed(0)
+    drawn = [loss(found["student"], found["teacher"], batch, assistants=assistants).item() for _ in range(400)]
+    possible = [each[0], each[0] + each[1], each[0] + each[2], sum(each)]
+    shares = [sum(abs(value - one) < 1e-9 for value in drawn) / 400 for one in possible]
+    assert sum(shares) == pytest.approx(1)
+    assert shares == pytest.approx([1 / 16, 3 / 16, 3 / 16, 9 / 16], abs=0.08)
+
+
+@pytest.mark.parametrize(("epoch", "scale"), [(1, 0.1), (2, 0.4), (4, 1.0)])
+def test_annealing_scales_the_teacher_up_and_ends_with_the_labels(epoch, scale):
+    found, batch, loss = outputs(5), batch_of(5), loss_of("annealing", epoch, epochs=6)
+    value = loss(found["student"], found["teacher"], batch)
+    expected = (found["student"].logits - scale * found["teacher"].logits).square().mean()
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
+    assert loss.shares() == (0.0, 1.0)
+    assert loss_of("annealing", 5, epochs=6).shares() == (1.0, 0.0)
+    assert loss_of("annealing", 4, epochs=6, anneal_epochs=3).shares() == (1.0, 0.0)
+
+
+@pytest.mark.parametrize("name", schedules.SCHEDULES)
+def test_kd_follows_every_schedule(name):
+    expected = schedules.temperature(name, 8.0, 2.0, 5)
+    for epoch in range(1, 6):
+        loss = loss_of("kd", epoch, epochs=5, tau_schedule=name, tau_max=8.0, tau_min=2.0)
+        assert loss.temperature == expected[epoch - 1]
+
+
+# Stages --------------------------------------------------------------------------------------------------------------
+
+
+def test_gapkd_trains_the_assistant_first(config, source, tmp_path):
+    summary = train_all(config, source=source)
+    folder = tmp_path / "run" / "assistant-1-cifar_resnet8"
+    stage, student = settings(folder), settings(tmp_path / "run")
+    assert (stage["model"], stage["method"], stage["teacher"]) == ("cifar_resnet8", "kd", TEACHER)
+    assert (stage["tau_schedule"], stage["tau_max"], stage["tau_min"]) == ("dtm", 20.0, 1.0)
+    assert student["method"] == "gapkd" and student["assistant_checkpoint"] == str(folder)
+    assert summary["epochs"] == 2 and summary["parity_passed"]
+
+
+def test_assistant_grown_from_the_student(config, source, tmp_path):
+    grown = dataclasses.replace(config, assistant="expand:2", assistant_epochs=3)
+    train_all(grown, source=source)
+    folder = tmp_path / "run" / "assistant-1-expand-2"
+    stage = settings(folder)
+    assert (stage["model"], stage["widen"], stage["epochs"]) == (config.model, 2, 3)
+    wide = load_file(folder / "student.safetensors")["layer1.0.conv1.weight"]
+    narrow = load_file(tmp_path / "run" / "student.safetensors")["layer1.0.conv1.weight"]
+    assert wide.shape[:2] == (2 * narrow.shape[0], 2 * narrow.shape[1])
+
+
+@pytest.mark.parametrize(("method", "teachers"), [("takd", [TEACHER, "cifar_resnet8"]), ("dgkd", [TEACHER, TEACHER])])
+def test_chains_hand_down(config, source, tmp_path, method, teachers):
+    chained = dataclasses.replace(config, method=method, assistant="cifar_resnet8,expand:2", epochs=1)
+    train_all(chained, source=source)
+    folders = sorted((tmp_path / "run").glob("assistant-*"))
+    assert [settings(folder)["teacher"] for folder in folders] == teachers
+    assert settings(folders[0])["method"] == "kd"
+    assert settings(folders[1])["method"] == ("kd" if method == "takd" else "dgkd")
+    assert settings(folders[1])["assistant"] == (None if method == "takd" else "cifar_resnet8")
+
+
+@pytest.mark.parametrize("method", ["gapkd", "gpd+gapkd"])
+def test_stop_in_either_stage_and_go_on(config, source, tmp_path, monkeypatch, method):
+    """The same command with --resume auto ends where an uninterrupted one does, bit for bit."""
+    whole = dataclasses.replace(config, method=method, output=str(tmp_path / "whole"))
+    train_all(whole, source=source)
+    stopped = dataclasses.replace(config, method=method, resume="auto")
+    epoch = trainer._epoch
+    for last in (1, 2):  # the second epoch of the first stage; then, after the rest of it, that of the second stage
+        counter = iter(range(100))
+
+        def interrupted(run, asked, counter=counter, last=last):
+            if next(counter) == last:
+                raise StoppedError("stopped")
+            return epoch(run, asked)
+
+        monkeypatch.setattr(trainer, "_epoch", interrupted)
+        with pytest.raises(StoppedError):
+            train_all(stopped, source=source)
+        monkeypatch.setattr(trainer, "_epoch", epoch)
+    train_all(stopped, source=source)
+    for name in ("student.safetensors", "assistant-1-cifar_resnet8/student.safetensors"):
+        first, second = load_file(tmp_path / "whole" / name), load_file(tmp_path / "run" / name)
+        assert all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+# Bad input -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"assistant": None}, "needs a network between teacher and student; name it with --assistant"),
+        ({"assistant": "a,b"}, "--method gapkd has 1 assistants, --assistant names 2"),
+        ({"method": "kd"}, "--method kd has 0 assistants, --assistant names 1"),
+        ({"assistant": "expand:1"}, "write expand: and a ratio of 2 or more"),
+        ({"assistant": "expand:x"}, "write expand: and a ratio of 2 or more"),
+        ({"tau_max": 1.0, "tau_min": 2.0}, "tau_max=1.0 < tau_min=2.0"),
+        ({"epochs": 1, "warmup_epochs": 0}, "one epoch"),
+        ({"assistant_checkpoint": "a,b"}, "--assistant names 1 networks and --assistant-checkpoint 2"),
+        ({"temperature": 4.0, "tau_max": 8.0}, "--temperature is one value for all epochs"),
+    ],
+)
+def test_bad_settings(config, source, changes, message):
+    with pytest.raises(InputError, match=message):
+        train_all(dataclasses.replace(config, **changes), source=source)
+
+
+def test_schedule_without_a_temperature_is_refused(config, source):
+    changed = dataclasses.replace(config, method="at", assistant=None, tau_schedule="linear")
+    with pytest.raises(InputError, match="--tau-schedule linear: the loss of --method at has none"):
+        train_all(changed, source=source)
+
+
+def test_output_of_another_run_is_refused_before_the_first_stage(config, source, tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    monkeypatch.setattr(chain, "train", lambda *_args, **_kwargs: pytest.fail("a stage was started"))
+    with pytest.raises(InputError, match="holds a run already"):
+        train_all(config, source=source)
+
+
+def test_large_assistant_is_warned_of(config, source):
+    with pytest.warns(UserWarning, match="the assistant cifar_resnet20 has .* more than the teacher's"):
+        train_all(dataclasses.replace(config, assistant="cifar_resnet20", epochs=2), source=source)
+
+
+def test_smaller_assistant_is_not_warned_of(config, source):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train_all(dataclasses.replace(config, assistant_epochs=2), source=source)
