@@ -138,8 +138,11 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
         raise InputError(f"cannot write {path}: there is no folder {path.parent}")
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
     partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata={"format": "pt"})
-    partial.replace(path)
+    try:
+        save_file(tensors, partial, metadata={"format": "pt"})
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 # Building ------------------------------------------------------------------------------------------------------------

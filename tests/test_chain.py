@@ -223,7 +223,7 @@ def test_bad_settings(config, source, changes, message):
 
 def test_schedule_without_a_temperature_is_refused(config, source):
     changed = dataclasses.replace(config, method="at", assistant=None, tau_schedule="linear")
-    with pytest.raises(InputError, match="--tau-schedule linear: the loss of --method at has none"):
+    with pytest.raises(InputError, match="--tau-schedule linear would have no effect: the loss of --method at"):
         train_all(changed, source=source)
 
 

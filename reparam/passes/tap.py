@@ -74,13 +74,10 @@ class _HookTap(nn.Module):
         self.module = module
         self.names = names
         self._network = (network,)
-        # Names whose values are changed in place later, by train mode: known after the first call, which copies all.
-        self._changed: dict[bool, set[str]] = {}
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         """Return output and values."""
-        mode = self._network[0].training
-        found = _Found(self._changed.get(mode))
+        found = _Found()
         with contextlib.ExitStack() as stack:
             for name in self.names:
                 stack.enter_context(_watched(self._network[0], name, found))
@@ -88,44 +85,22 @@ class _HookTap(nn.Module):
         missing = [name for name in self.names if name not in found.values]
         if missing:
             raise InputError(f"tap: {missing[0]!r} is not called in this forward pass")
-        if found.copied is None:
-            self._changed[mode] = found.changed()
         return output, {name: found.values[name] for name in self.names}
 
 
 class _Found:
-    """The values of one call.
+    """The values of one call: copies, since code that follows may change them in place.
 
-    Args:
-        copied: names of the values to copy, or None for all of them.
+    Always copies, even where nothing follows: gradients add up in another order through a copy, and a run that is
+    taken up again has to compute what it would have computed.
     """
 
-    def __init__(self, copied: set[str] | None) -> None:
-        self.copied = copied
+    def __init__(self) -> None:
         self.values: dict[str, Any] = {}
-        self._seen: dict[str, list[tuple[Tensor, int | None]]] = {}
 
     def keep(self, name: str, value: Any) -> None:
-        """Keep a value, or a copy of it."""
-        if self.copied is not None and name not in self.copied:
-            self.values[name] = value
-            return
-        tensors = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
-        self._seen[name] = [(tensor, _version(tensor)) for tensor in tensors]
+        """Keep a copy of a value."""
         self.values[name] = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, value)
-
-    def changed(self) -> set[str]:
-        """Return the names of those that have been changed in place since."""
-        return {
-            name
-            for name, seen in self._seen.items()
-            if any(version is None or _version(tensor) != version for tensor, version in seen)
-        }
-
-
-def _version(tensor: Tensor) -> int | None:
-    """How often a tensor was changed in place; None in inference mode, where nobody counts."""
-    return None if tensor.is_inference() else tensor._version
 
 
 @contextlib.contextmanager

@@ -176,7 +176,11 @@ def weights_of(config: TrainConfig, kind: type[Distiller]) -> Weights:
     """
     for name in ("temperature", "tau_schedule", "tau_max", "tau_min", "alpha", "beta", "standardise", "anneal_epochs"):
         if getattr(config, name) and name.replace("tau", "temperature").partition("_")[0] not in kind.numbers:
-            raise InputError(f"{flag(name)} {getattr(config, name)}: the loss of --method {config.method} has none")
+            value = getattr(config, name)
+            given = flag(name) if value is True else f"{flag(name)} {value}"
+            raise InputError(
+                f"{given} would have no effect: the loss of --method {config.method} has nothing of the kind"
+            )
     wished = {
         "ce_weight": config.ce_weight,
         "distill_weight": config.distill_weight,
