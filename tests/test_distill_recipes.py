@@ -5,6 +5,7 @@ from __future__ import annotations
 import configparser
 import dataclasses
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import timm
 
 import reparam.distill.methods
 import reparam.distill.models  # noqa: F401 - registers the networks
+from reparam.distill.chain import _check
 from reparam.distill.config import TrainConfig
 from reparam.distill.methods.base import distillers
 from reparam.distill.plain_yaml import read_yaml, write_yaml
@@ -22,6 +24,15 @@ from reparam.errors import InputError
 ROOT = Path(__file__).parent.parent
 NAMES = recipe_names()
 every = pytest.mark.parametrize("name", NAMES)
+
+
+VARIANTS: dict[str, Callable[[TrainConfig], bool]] = {
+    "released": lambda found: (found.method, found.tau_schedule, found.tau_max) == ("gapkd", "constant", 4.0),
+    "expand2": lambda found: found.assistant == "expand:2",
+    "multi": lambda found: (found.method, found.head_stages, found.beta) == ("kdiffusion", "all", 0.0),
+    "single": lambda found: (found.method, found.head_stages, found.beta) == ("kdiffusion", "last", 0.0),
+}
+"""What stands behind the method in some names, and what it says."""
 
 
 def config(name: str, **overrides: Any) -> TrainConfig:
@@ -52,7 +63,15 @@ def own(folder: Path, settings: str, more: str = "") -> Path:
 def test_how_many_there_are() -> None:
     groups = [name.partition("/")[0] for name in NAMES]
     found = {group: groups.count(group) for group in set(groups)}
-    assert found == {"imagenet": 24, "cifar100": 12 * 6 + 9 * 2 + 6, "fashion-mnist": 28, "digits": 3}
+    large_gaps = {"cifar100": 3 + 6 + 5 + 4, "cifar10": 4 + 5 + 5, "fashion-mnist": 1 + 4}
+    kdiffusion = 5 * 4
+    assert found == {
+        "imagenet": 24,
+        "cifar100": 12 * 6 + 9 * 2 + 6 + large_gaps["cifar100"] + kdiffusion,
+        "cifar10": large_gaps["cifar10"],
+        "fashion-mnist": 28 + large_gaps["fashion-mnist"],
+        "digits": 3,
+    }
 
 
 @every
@@ -61,8 +80,12 @@ def test_a_recipe_resolves_to_known_networks_and_methods(name: str) -> None:
     found = config(name).resolved()
     assert recipe.name == name and len(recipe.description) > 20 and len(recipe.source) > 20
     assert timm.is_model(found.model) and (found.teacher is None or timm.is_model(found.teacher))
+    assert found.assistant in (None, "expand:2") or timm.is_model(found.assistant)
+    assert (found.assistant is not None) == (found.method in ("gapkd", "takd"))
+    if found.assistant is not None:
+        _check(found)
     assert set(found.method.split("+")) <= {*distillers(), "gpd", "baseline"}
-    assert set(recipe.needs) <= {"checkpoint", "teacher_checkpoint"}
+    assert set(recipe.needs) <= {"checkpoint", "teacher_checkpoint", "assistant_checkpoint"}
     assert all(isinstance(value, (int, float, str)) for value in recipe.reference.values())
     assert recipe.reference.get("epochs", found.epochs) == found.epochs
     assert found.output is None and found.seed == 0 and found.device == "auto"
@@ -70,7 +93,7 @@ def test_a_recipe_resolves_to_known_networks_and_methods(name: str) -> None:
 
 @every
 def test_a_name_says_what_the_recipe_is(name: str) -> None:
-    """``group/[teacher-]student-method[-nobranches][-finetune|-short|-long]``."""
+    """``group/[teacher-]student-method[-nobranches|-released|-expand2|-multi|-single][-finetune|-short|-long]``."""
     found = config(name)
     group, _, rest = name.partition("/")
     words = rest.split("-")
@@ -82,9 +105,15 @@ def test_a_name_says_what_the_recipe_is(name: str) -> None:
     bare = words[-1] == "nobranches"
     words = words[:-1] if bare else words
     assert (found.branches is not None) == (found.gpd and not bare and "rvt" not in name)
-    assert words.pop() == found.method
+    words, variant = (words[:-1], words[-1]) if words[-1] in VARIANTS else (words, "")
+    if variant:
+        assert VARIANTS[variant](found)
+    method = found.method.split("-")
+    assert words[-len(method) :] == method
+    words = words[: -len(method)]
     networks = [network for network in (found.teacher, found.model) if network is not None]
     assert words == [re.sub(r"^cifar(100?)?_|\.\w+$", "", network) for network in networks]
+    assert (found.assistant_checkpoint is not None) == (variant == "released")
     assert found.data == {"digits": "digits", "imagenet": "folder:"}.get(group, f"{group}:")
 
 
@@ -236,6 +265,88 @@ def test_cifar100_rows(row: tuple[Any, ...]) -> None:
     assert values(f"cifar100/{pair}-fitnet", "distill_weight") == (100.0,)
 
 
+GAPS = [
+    ("cifar100/resnet110-resnet8", 61.37, 61.41, 61.82, 63.99, (8.949, 1.917, 5.051, 7, 20.0)),
+    ("cifar10/resnet110-resnet8", 87.44, 87.89, 88.47, 90.18, (0.68, 8.3, 6.2, 7, 24.0)),
+    ("cifar100/plain10-plain2", 51.53, 51.62, 51.85, 53.79, (3.1028, 5.8755, 9.0903, 33, 25.0)),
+    ("cifar10/plain10-plain2", 72.75, 72.43, 72.63, 73.25, (3.1, 5.88, 9.09, 33, 20.0)),
+]
+
+
+@pytest.mark.parametrize("row", GAPS, ids=[row[0] for row in GAPS])
+def test_large_gaps(row: tuple[Any, ...]) -> None:
+    """Gap-KD, tables 3 and 4."""
+    stem, student, kd, takd, gapkd, numbers = row
+    group, _, pair = stem.partition("/")
+    first, _, second = pair.partition("-")
+    references = {"kd": kd, "takd": takd, "gapkd": gapkd, "gapkd-released": gapkd, "annealing": None}
+    assert {m: load_recipe(f"{stem}-{m}").reference.get("top1") for m in references} == references
+    assert load_recipe(f"{group}/{second}-baseline").reference["top1"] == student
+    plain = second == "plain2"
+    schedule = (160, 0.01, 0.0, "constant", None) if plain else (240, 0.05, 5e-4, "multistep", (150, 180, 210))
+    for name in (*(f"{pair}-{method}" for method in references), f"{second}-baseline"):
+        found = values(f"{group}/{name}", "epochs", "lr", "weight_decay", "schedule", "milestones")
+        assert found == schedule
+        common = values(f"{group}/{name}", "batch_size", "clip_grad", "shift", "flip", "data")
+        assert common == (64, 0.0, 4, True, f"{group}:")
+    teacher = values(f"{group}/{first}-baseline", "epochs", "lr", "weight_decay")
+    assert teacher == ((160, 0.01, 5e-4) if plain else (240, 0.05, 5e-4))
+    assistant = f"{group}_plain4" if plain else "cifar_resnet20"
+    for method in ("gapkd", "gapkd-released", "takd"):
+        assert values(f"{stem}-{method}", "assistant", "assistant_epochs") == (assistant, schedule[0])
+    names = ("ce_weight", "alpha", "beta", "distill_warmup", "tau_max", "tau_min", "tau_schedule")
+    assert values(f"{stem}-gapkd", *names) == (*numbers, 1.0, "dtm")
+    assert values(f"{stem}-gapkd-released", *names) == (*numbers[:4], 4.0, 1.0, "constant")
+    assert set(load_recipe(f"{stem}-gapkd-released").needs) == {"teacher_checkpoint", "assistant_checkpoint"}
+    for method in ("kd", "takd"):
+        assert values(f"{stem}-{method}", "temperature", "ce_weight", "distill_weight") == (4.0, 0.1, 0.9)
+    assert values(f"{stem}-annealing", "anneal_epochs") == ((106,) if plain else (160,))
+    for method in references:
+        needed = load_recipe(f"{stem}-{method}").needs["teacher_checkpoint"]
+        assert f"{group}/" in needed and ("baseline" in needed)
+
+
+def test_large_gaps_between_families() -> None:
+    """Gap-KD, table 1."""
+    for teacher, assistant, kd, gapkd in (
+        ("resnet110", "resnet56", 68.95, 69.68),
+        ("resnet32x4", "resnet8x4", 66.83, 69.55),
+    ):
+        stem = f"cifar100/{teacher}-mobilenetv2_half"
+        assert load_recipe(f"{stem}-kd").reference["top1"] == kd
+        assert load_recipe(f"{stem}-gapkd").reference["top1"] == gapkd
+        assert values(f"{stem}-gapkd", "assistant", "lr", "ce_weight") == (f"cifar_{assistant}", 0.01, 8.949)
+    assert load_recipe("cifar100/resnet110-resnet8-dkd").reference["top1"] == 58.91
+
+
+KDIFFUSION = [
+    ("resnet32x4-shufflenet_g3", 75.01, 76.62, 77.90, 78.14),
+    ("wrn_40_2-shufflenet_g3", 75.32, 75.83, 76.83, 77.26),
+    ("vgg13-mobilenetv2_half", 66.45, 69.14, 69.91, 70.49),
+    ("resnet50-mobilenetv2_half", 67.56, 69.20, 69.95, 71.14),
+    ("resnet32x4-shufflenetv2", 75.46, 76.87, 77.34, 77.84),
+]
+
+
+@pytest.mark.parametrize("row", KDIFFUSION, ids=[row[0] for row in KDIFFUSION])
+def test_kdiffusion_rows(row: tuple[Any, ...]) -> None:
+    """Kdiffusion, table 2."""
+    pair, average, single, multi, guide = row
+    references = {"-average": average, "-single": single, "-multi": multi, "": guide}
+    found = {end: load_recipe(f"cifar100/{pair}-kdiffusion{end}").reference["top1"] for end in references}
+    assert found == references
+    for end, stages, beta in (
+        ("-average", "last", None),
+        ("-single", "last", 0.0),
+        ("-multi", "all", 0.0),
+        ("", "all", 1.0),
+    ):
+        numbers = values(
+            f"cifar100/{pair}-kdiffusion{end}", "heads", "head_stages", "beta", "lr", "epochs", "ce_weight"
+        )
+        assert numbers == (10, stages, beta, 0.01, 240, 1.0)
+
+
 def test_small_recipes() -> None:
     without_options = config("digits/resnet8_w8-gpd-nobranches").resolved()
     default = TrainConfig().resolved()
@@ -243,6 +354,12 @@ def test_small_recipes() -> None:
     short, long = (config(f"fashion-mnist/resnet20-resnet8_w8-gpd+dkd-{length}") for length in ("short", "long"))
     assert dataclasses.replace(short, epochs=75, distill_warmup=6) == long
     assert (short.epochs, short.limit_train, short.beta, short.branches) == (15, 10000, 2.0, "orepa")
+    taught = [config(f"fashion-mnist/plain10-plain2-{method}-short") for method in ("gapkd", "takd", "kd")]
+    assert {(found.model, found.teacher, found.lr, found.epochs) for found in taught} == {
+        ("cifar10_plain2", "cifar10_plain10", 0.01, 15)
+    }
+    grown = config("fashion-mnist/plain10-plain2-gapkd-expand2-short")
+    assert dataclasses.replace(grown, assistant="cifar10_plain4") == taught[0]
     assert values("fashion-mnist/plain2-baseline-long", "model", "lr", "epochs") == ("cifar10_plain2", 0.01, 75)
 
 
@@ -296,7 +413,10 @@ def test_circles(files: dict[str, str], message: str, tmp_path: Path) -> None:
             "unknown recipe .*did you mean 'cifar100/resnet32x4-resnet8x4-gpd[+]dkd'",
         ),
         ("resnet18-gpd", "did you mean 'imagenet/resnet18-gpd'"),
-        ("zzz", "unknown recipe 'zzz'; groups: cifar100, digits, fashion-mnist, imagenet .*a file that ends in .yaml"),
+        (
+            "zzz",
+            "unknown recipe 'zzz'; groups: cifar10, cifar100, digits, fashion-mnist, imagenet .*ends in .yaml",
+        ),
         ("", "unknown recipe ''"),
         ("cifar100/_base", "unknown recipe"),
         ("../recipe_files/digits/resnet8_w8-gpd", "unknown recipe"),

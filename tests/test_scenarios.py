@@ -3,7 +3,6 @@
 import builtins
 import dataclasses
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from training import NETS, make_batch, make_engine, make_meter, mixed_net, one_t
 
 from reparam.cli import main
 from reparam.distill.config import TrainConfig
+from reparam.distill.methods import get_distiller
 from reparam.distill.networks import make_learners
 from reparam.distill.trainer import train
 from reparam.errors import InputError
@@ -110,7 +110,7 @@ def test_every_method_on_folders(tmp_path, images, trained, name, gpd):
     words = ["--teacher", "test_resnet", "--teacher-checkpoint", str(trained / "test_resnet"), "--quiet"]
     model = f"{tmp_path / 'nets.py'}:convs"
     (tmp_path / "nets.py").write_text(NETS)
-    model = "test_resnet" if name in ("fitnet", "reviewkd", "at") else model
+    model = "test_resnet" if get_distiller(name).wants_features else model
     assert main(line(images, tmp_path / "run", "--method", method, "--model", model, *words)) == 0
     summary = summary_of(tmp_path / "run")
     assert summary["method"] == method and summary["parity_passed"]
@@ -124,15 +124,6 @@ def test_unknown_method(tmp_path, images, capsys):
     assert main(line(images, tmp_path / "run", *words)) == 2
     assert "unknown method 'dkdd'; did you mean" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.skipif("REPARAM_PHOTOGRAPHS" not in os.environ, reason="needs REPARAM_PHOTOGRAPHS, an image folder")
-def test_photographs(tmp_path):
-    words = ["--data", f"folder:{os.environ['REPARAM_PHOTOGRAPHS']}", "--image-size", "64", "--batch-size", "8"]
-    base = ["train", *words, "--epochs", "2", "--limit-batches", "4", "--device", "cpu", "--workers", "1"]
-    assert main([*base, "--model", "resnet10t", "--output", str(tmp_path / "run")]) == 0
-    assert summary_of(tmp_path / "run")["parity_passed"]
 
 
 # The table again -----------------------------------------------------------------------------------------------------

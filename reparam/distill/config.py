@@ -39,6 +39,11 @@ def numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
 
 
+def weights(text: str) -> tuple[float, ...]:
+    """Read ``"1,0.5"`` as numbers."""
+    return tuple(float(part) for part in text.split(","))
+
+
 def _option(default: Any, group: str, help: str, kind: Callable[[str], Any] = str, **extra: Any) -> Any:
     return dataclasses.field(default=default, metadata={_OPTION: Option(group, help, kind, **extra)})
 
@@ -54,7 +59,7 @@ _DATA_HELP = (
 _MODEL_HELP = "a timm name, path/to/file.py:callable, or package.module:callable"
 _METHOD_HELP = (
     "baseline (the student alone) | gpd | a loss against --teacher: kd, dkd, lskd, dist, rkd, at, fitnet, crd, "
-    "reviewkd, annealing; with --assistant: gapkd, takd, dgkd | both: gpd+dkd, ..."
+    "reviewkd, annealing, kdiffusion, kdiffusion-average; with --assistant: gapkd, takd, dgkd | both: gpd+dkd, ..."
 )
 
 
@@ -139,8 +144,10 @@ class TrainConfig:
         True, "method", "gpd: the dynamic teacher learns from the static teacher as well", bool
     )
     ce_weight: float | None = _rare(None, "method", "weight of the cross entropy (default: by method)", float)
-    alpha: float | None = _rare(None, "method", "dkd: weight of the target class (default: 1)", float)
-    beta: float | None = _rare(None, "method", "dkd: weight of the other classes (default: 8)", float)
+    alpha: float | None = _rare(
+        None, "method", "weight of the target class (dkd, gapkd) or of the chain (kdiffusion)", float
+    )
+    beta: float | None = _rare(None, "method", "weight of the other classes, or of the guided loss (kdiffusion)", float)
     tau_schedule: str | None = _rare(
         None,
         "method",
@@ -154,6 +161,50 @@ class TrainConfig:
         None, "method", "epochs over which distill_weight grows linearly (default: by method)", int
     )
     standardise: bool = _rare(False, "method", "kd, dkd: standardise the logits first (LSKD)", bool)
+    heads: int | None = _rare(None, "method", "kdiffusion: parallel heads per stage (default: 10)", int)
+    head_stages: str | None = _rare(
+        None,
+        "method",
+        "kdiffusion: which stages get heads: last, all, a number of the deepest, or names (default: all)",
+        metavar="last|all|N|NAME,...",
+    )
+    head_combine: str | None = _rare(
+        None, "method", "kdiffusion: what goes on in training (default: mean)", choices=("mean", "random")
+    )
+    head_shuffle: str | None = _rare(
+        None,
+        "method",
+        "kdiffusion: when the order of the heads is drawn (default: iteration)",
+        choices=("iteration", "sample", "none"),
+    )
+    head_weights: tuple[float, ...] | None = _rare(
+        None, "method", "kdiffusion: weight of each stage, shallow to deep (default: 1)", weights, metavar="X,X,..."
+    )
+    head_connector_norm: bool | None = _rare(
+        None, "method", "kdiffusion: connectors end with a batch norm (default: yes)", bool
+    )
+    head_standardise: bool | None = _rare(
+        None, "method", "kdiffusion: standardise the teacher's features (default: yes)", bool
+    )
+    diffusion_schedule: str | None = _rare(
+        None, "method", "kdiffusion: noise schedule (default: linear)", choices=("linear", "cosine")
+    )
+    diffusion_steps: int | None = _rare(None, "method", "kdiffusion: steps of that schedule (default: 1000)", int)
+    diffusion_start: str | None = _rare(
+        None, "method", "kdiffusion: value before the first step (default: first)", choices=("first", "zero")
+    )
+    diffusion_noise: str | None = _rare(
+        None,
+        "method",
+        "kdiffusion: where a step of the teacher's chain starts (default: student)",
+        choices=("student", "gaussian", "chain"),
+    )
+    diffusion_detach: bool | None = _rare(
+        None, "method", "kdiffusion: earlier steps are constants of later ones (default: no)", bool
+    )
+    guide_from: str | None = _rare(
+        None, "method", "kdiffusion: what enters the teacher's next stage (default: mean)", choices=("mean", "last")
+    )
 
     epochs: int = _option(40, "recipe", "passes over the training images", int)
     batch_size: int = _option(64, "recipe", "images per optimizer step, over all processes", int)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +21,32 @@ from reparam.distill.data import load_source
 from reparam.distill.distributed import resolve_device
 from reparam.distill.engine import tf32
 from reparam.distill.evaluate import Entry
-from reparam.distill.finish import EMA, entries_of
-from reparam.distill.loaders import make_loader
-from reparam.distill.networks import Networks
-from reparam.distill.statics import renormalisation
+from reparam.distill.figures import draw_tsne
+from reparam.distill.finish import EMA, EXTRACTED, TEACHER, entries_of
+from reparam.distill.loaders import Facts, Loader, make_loader
+from reparam.distill.networks import Networks, with_method
+from reparam.distill.statics import load_static_teachers, renormalisation
 from reparam.distill.students import build, check_fit, grown
 from reparam.errors import FormatError, InputError
 from reparam.models import load_weights
 from reparam.provenance import provenance
 
+TSNE_IMAGES, TSNE_CLASSES = 2000, 10
+"""How many test images of how many classes the picture shows; t-SNE takes its time, and more would hide each other."""
+
 
 def run(options: argparse.Namespace) -> int:
     """Run ``reparam evaluate`` with its parsed options."""
-    return evaluate_run(options.folder, options.data, options.device, options.batch_size, options.json)
+    return evaluate_run(options.folder, options.data, options.device, options.batch_size, options.json, options.tsne)
 
 
 def evaluate_run(
-    folder: str, data: str | None = None, device: str = "auto", batch_size: int | None = None, json: str | None = None
+    folder: str,
+    data: str | None = None,
+    device: str = "auto",
+    batch_size: int | None = None,
+    json: str | None = None,
+    tsne: str | None = None,
 ) -> int:
     """Measure the networks of a finished (or stopped) run and print the table.
 
@@ -46,15 +56,19 @@ def evaluate_run(
         device: where to compute.
         batch_size: images at a time; default: that of the run.
         json: file to write the table into.
+        tsne: PNG file to draw the logits of student and teachers into.
 
     Returns:
         0, or 1 if networks that should be equal differ.
 
     Raises:
-        InputError: the folder holds no run.
+        InputError: the folder holds no run, ``tsne`` is no name of a PNG file, or there are too few images for it.
         FormatError: a file of the run is damaged or does not fit.
     """
     path = Path(folder).expanduser()
+    picture = None if tsne is None else Path(tsne).expanduser()
+    if picture is not None and (picture.suffix.lower() != ".png" or not picture.parent.is_dir()):
+        raise InputError(f"--tsne {tsne}: name a file that ends in .png, in a folder that exists")
     config = _config_of(path)
     changes: dict[str, Any] = {"data": data, "batch_size": batch_size}
     config = dataclasses.replace(config, **{name: value for name, value in changes.items() if value is not None})
@@ -74,7 +88,7 @@ def evaluate_run(
     entries: list[Entry] = []
     for suffix, own, wide in (("", files.STUDENT, files.TEACHER), (EMA, files.STUDENT_EMA, files.TEACHER_EMA)):
         if (path / own).is_file():
-            entries += _entries(student, path / own, path / wide, example, suffix)
+            entries += _entries(student, path / own, path / wide, example, config, suffix)
     with torch.no_grad(), tf32(False):
         rows = evaluate.measure(entries, loader.test(), place=normalised)
     table = [dataclasses.asdict(row) for row in rows]
@@ -82,17 +96,77 @@ def evaluate_run(
     print(report.networks_table(table))
     if json is not None:
         files.write_json(Path(json), {"table": table, **provenance(f"reparam evaluate {path.name}", place)})
+    if picture is not None:
+        seen = dataclasses.replace(facts, mean=tuple(trained["mean"]), std=tuple(trained["std"]))
+        networks = _pictured(entries, config, seen, example)
+        _draw_logits(networks, loader, normalised, source.classes, picture)
     return 0 if all(row.passed for row in rows if row.same_as is not None) else 1
 
 
-def _entries(student: nn.Module, own: Path, wide: Path, example: torch.Tensor, suffix: str) -> list[Entry]:
+def _pictured(
+    entries: Sequence[Entry], config: TrainConfig, facts: Facts, example: torch.Tensor
+) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """Student, dynamic teacher, static teacher and assistants, by the name that the picture gives them."""
+    titles = {EXTRACTED: f"student {config.model}", TEACHER: "dynamic teacher"}
+    found: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        titles[entry.name]: entry.network for entry in entries if entry.name in titles
+    }
+    if config.distiller is None:
+        return found
+    try:
+        statics = load_static_teachers(config, facts, example)
+    except (InputError, FormatError) as error:
+        print(f"the picture lacks the static teacher: {error}")
+        return found
+    names = [f"teacher {config.teacher}", *(f"assistant {name}" for name in (config.assistant or "").split(","))]
+    for name, static in zip(names, statics, strict=False):
+        found[name] = lambda images, static=static: static(images).logits  # type: ignore[misc]
+    return found
+
+
+def _draw_logits(
+    networks: Mapping[str, Callable[[torch.Tensor], torch.Tensor]],
+    loader: Loader,
+    normalised: Callable[[torch.Tensor], torch.Tensor],
+    classes: Sequence[str],
+    path: Path,
+) -> None:
+    """Run the networks on the first test images of the first classes, as many of each, and draw their logits."""
+    shown = min(TSNE_CLASSES, len(classes))
+    left = [TSNE_IMAGES // shown] * shown
+    logits: dict[str, list[torch.Tensor]] = {name: [] for name in networks}
+    labels: list[torch.Tensor] = []
+    with torch.no_grad(), tf32(False):
+        for images, batch in loader.test():
+            kept = []
+            for place, label in enumerate(batch.tolist()):
+                if label < shown and left[label]:
+                    left[label] -= 1
+                    kept.append(place)
+            if kept:
+                labels.append(batch[kept].cpu())
+                placed = normalised(images[kept])
+                for name, network in networks.items():
+                    logits[name].append(network(placed).float().cpu())
+            if not any(left):
+                break
+    joined = {name: torch.cat(parts) if parts else torch.zeros(0, len(classes)) for name, parts in logits.items()}
+    draw_tsne(joined, torch.cat(labels) if labels else torch.zeros(0, dtype=torch.long), path, classes)
+    print(f"t-SNE of {sum(map(len, labels)):,} test images of {shown} classes: {path}")
+
+
+def _entries(
+    student: nn.Module, own: Path, wide: Path, example: torch.Tensor, config: TrainConfig, suffix: str
+) -> list[Entry]:
     """The rows for one set of weights; without a teacher the student as trained is the extracted one."""
     load_weights(student, own)
     student.eval()
     extracted = copy.deepcopy(student)
     if wide.is_file():
-        teacher = reparam.load(wide, student).to(example.device).eval()
-        return entries_of(Networks(reparam.student_view(teacher).eval(), teacher), extracted, example, suffix)
+        prepared, release = with_method(student, example, config)
+        teacher = reparam.load(wide, prepared).to(example.device).eval()
+        networks = Networks(reparam.student_view(teacher).eval(), teacher, release=release)
+        return entries_of(networks, extracted, example, suffix)
     return entries_of(Networks(copy.deepcopy(student)), extracted, example, suffix)
 
 

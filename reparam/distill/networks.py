@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import reparam
 from reparam.distill.config import TrainConfig
-from reparam.distill.features import Observed, needs
+from reparam.distill.features import Observed, continued, needs
 from reparam.distill.losses import standardise
 from reparam.distill.methods.base import (
     Batch,
@@ -26,6 +26,9 @@ from reparam.errors import InputError
 
 STUDENT, TEACHER = "student", "teacher"
 
+Release = Callable[[nn.Module], nn.Module]
+"""What a method put into a network, taken out of a copy of it."""
+
 
 @dataclass(frozen=True)
 class Networks:
@@ -35,27 +38,34 @@ class Networks:
         student: images ``[N, C, H, W]`` to logits; a view on the teacher's parameters if there is a dynamic teacher.
         teacher: the dynamic teacher, which owns the parameters, or None without one.
         branched: the network that owns the parameters of a student with branches but without a wider teacher.
+        release: makes the plain student of the one that was trained, where a method gave it more; it copies.
     """
 
     student: nn.Module
     teacher: nn.Module | None = None
     branched: nn.Module | None = None
+    release: Release | None = None
 
     @property
     def owner(self) -> nn.Module:
         """The network whose parameters are trained and whose state_dict is the whole state of the run."""
         return self.teacher or self.branched or self.student
 
+    def inside(self) -> nn.Module:
+        """Return the student as a model of its own, with all that a method gave it for training."""
+        return self.student if self.owner is self.student else reparam.extract(self.owner)
+
     def extract(self) -> nn.Module:
         """Return the student as a plain model of its own."""
-        return self.student if self.owner is self.student else reparam.extract(self.owner)
+        return self.inside() if self.release is None else self.release(self.inside())
 
     def of(self, owner: nn.Module) -> Networks:
         """Return the same networks over ``owner``, a copy of this one's owner (the averaged weights)."""
         if self.owner is self.student:
-            return Networks(owner)
+            return replace(self, student=owner)
         view = reparam.student_view(owner)
-        return Networks(view, owner) if self.teacher is not None else Networks(view, branched=owner)
+        changed = {"teacher": owner} if self.teacher is not None else {"branched": owner}
+        return replace(self, student=view, **changed)
 
     def train(self, mode: bool = True) -> None:
         """Put all networks into training (or evaluation) mode."""
@@ -63,21 +73,31 @@ class Networks:
         self.student.train(mode)
 
 
+def with_method(student: nn.Module, example: Tensor, config: TrainConfig) -> tuple[nn.Module, Release | None]:
+    """Return the network to train in the place of the student, and what makes the student of it; None for nothing."""
+    kind = get_distiller(config.distiller) if config.distiller else Distiller
+    prepared = kind.prepare(student, example, config)
+    return prepared, None if prepared is student else kind.release
+
+
 def make_networks(student: nn.Module, example: Tensor, config: TrainConfig) -> Networks:
     """Make what the settings train: the student as it is, with branches, or inside a dynamic teacher.
+
+    Before that the loss against the static teacher may put something into it (`Distiller.prepare`).
 
     Args:
         student: on its device; a run with a teacher leaves it untouched.
         example: images ``[N, C, H, W]``.
         config: the settings.
     """
+    prepared, release = with_method(student, example, config)
     if config.gpd:
-        teacher = dynamic_teacher(student, config.ratio, example, config)
-        return Networks(reparam.student_view(teacher), teacher)
+        teacher = dynamic_teacher(prepared, config.ratio, example, config)
+        return Networks(reparam.student_view(teacher), teacher, release=release)
     if config.branches is not None:
-        branched = dynamic_teacher(student, 1, example, config)
-        return Networks(reparam.student_view(branched), branched=branched)
-    return Networks(student)
+        branched = dynamic_teacher(prepared, 1, example, config)
+        return Networks(reparam.student_view(branched), branched=branched, release=release)
+    return Networks(prepared, release=release)
 
 
 @dataclass(frozen=True)
@@ -167,7 +187,7 @@ def make_learners(
     static = statics[0]
     networks.train(False)
     wanted = needs(kind)
-    own = wanted.stages(networks.extract().eval(), example, config.model)
+    own = wanted.stages(networks.inside().eval(), example, config.model)
     other = wanted.stages(static.network, static.normalised(example), config.teacher or "")
     if config.compile and (own is not None or other is not None):
         raise InputError(
@@ -182,6 +202,8 @@ def make_learners(
         if name == STUDENT or config.teacher_distill:
             with torch.no_grad():
                 losses[name] = kind(Observed(network, own)(example), answers, weights, labels)
+            if other is not None and other.features and kind.meet is not Distiller.meet:
+                losses[name].meet(continued(static.network, other, static.normalised, example))
         observed[name] = Observed(compiled(network), own)
     static.observe = Observed(compiled(static.network), other)
     device, dtype = example.device, example.dtype

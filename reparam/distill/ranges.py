@@ -23,6 +23,8 @@ _AT_LEAST = {
     "anneal_epochs": 1,
     "assistant_epochs": 1,
     "widen": 2,
+    "heads": 2,
+    "diffusion_steps": 2,
     "kd_start_epoch": 1,
     "ratio": 1,
     "epochs": 1,
@@ -63,6 +65,19 @@ STATIC_ONLY = (
     "distill_warmup",
     "anneal_epochs",
     "standardise",
+    "heads",
+    "head_stages",
+    "head_combine",
+    "head_shuffle",
+    "head_weights",
+    "head_connector_norm",
+    "head_standardise",
+    "diffusion_schedule",
+    "diffusion_steps",
+    "diffusion_start",
+    "diffusion_noise",
+    "diffusion_detach",
+    "guide_from",
     "assistant",
     "assistant_checkpoint",
     "assistant_epochs",
@@ -171,7 +186,7 @@ def _check_method(config: Any) -> None:
         raise InputError(
             f"--method {config.method}: {static[0]} compares with a static teacher; name it with --teacher"
         )
-    given = [name for name in STATIC_ONLY if getattr(config, name)]
+    given = [name for name in STATIC_ONLY if getattr(config, name) != getattr(type(config), name)]
     if not static and given:
         raise InputError(
             f"{flag(given[0])} belongs to a loss against a static teacher, and --method {config.method} has none"

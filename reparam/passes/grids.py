@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from reparam.errors import InputError
@@ -52,6 +53,21 @@ class Layout:
                 f"images {list(image)}; train with images of the size that the model was made for"
             )
         return tokens.unflatten(2, grid)
+
+    def from_map(self, maps: Tensor, value: Tensor) -> Tensor:
+        """Return a value whose map is ``maps``; tokens in front of the grid are those of ``value``.
+
+        Args:
+            maps: ``[N, C, H, W]``, as `to_map` returned them for ``value`` or others of their size.
+            value: of this layout.
+        """
+        if self.kind == "first":
+            return maps
+        if self.kind == "last":
+            return maps.permute(0, 2, 3, 1)
+        tokens, own = maps.flatten(2), value if self.kind == "tokens first" else value.transpose(1, 2)
+        joined = torch.cat([own[:, :, : self.prefix], tokens], dim=2) if self.prefix else tokens
+        return joined if self.kind == "tokens first" else joined.transpose(1, 2)
 
     def to_vector(self, value: Tensor) -> Tensor:
         """Return the value as ``[N, C]``: vectors as they are, the average over positions of anything else."""

@@ -13,11 +13,13 @@ from reparam.distill.methods.base import Batch, Distiller, Outputs, Weights, dis
 class AnnealingKD(Distiller):
     """First phase ``|S - phi Z|^2`` with ``phi = 1 - (T - 1) / tau_max``, second phase cross entropy alone.
 
-    The temperature T falls from tau_max to 1 in equal steps over the first phase, so phi grows from 1 / tau_max to 1.
-    The phases share the learning rate schedule of the run.
+    The temperature T falls from ``tau_max = 10`` to 1 in steps of 1, each for an equal share of the epochs of the first
+    phase, so phi grows from 1 / tau_max to 1; a first phase of fewer epochs than that has one step per epoch. The
+    square error is the mean over batch and classes. Both phases share the learning rate schedule of the run, and the
+    second goes on from the end of the first; the authors start a new schedule from the best epoch of the first.
 
-    Source: Jafari et al., "Annealing Knowledge Distillation" (EACL 2021), equations 5 to 7; mean over
-    batch and classes.
+    Source: Jafari et al., "Annealing Knowledge Distillation" (EACL 2021), the annealing loss and its two phases; the
+    authors' program, whose phases have 200 and 100 epochs, whence ``anneal_epochs`` of two thirds.
     """
 
     numbers = frozenset({"anneal"})
@@ -32,7 +34,8 @@ class AnnealingKD(Distiller):
     def forward(self, learner: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """See `Distiller`."""
         epochs = self.weights.anneal_epochs
-        share = min(self.epoch - 1, epochs - 1) / max(epochs - 1, 1)
-        temperature = self.highest + (1 - self.highest) * share
+        levels = min(int(self.highest), epochs)
+        level = min((self.epoch - 1) * levels // epochs, levels - 1)
+        temperature = self.highest - level * (self.highest - 1) / (levels - 1) if levels > 1 else 1.0
         scale = 1 - (temperature - 1) / self.highest
         return F.mse_loss(promote(learner.logits), scale * constant(teacher.logits))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -44,16 +44,28 @@ class Outputs:
         logits: ``[N, classes]``.
         features: feature maps ``[N, C, H, W]`` at the ends of its stages, shallow to deep; empty if nobody asked.
         embedding: the vectors ``[N, D]`` that enter the classifier; None if nobody asked.
+        heads: for each of ``features`` the maps of the parallel heads at the end of that stage, none where it has no
+            heads; empty if nobody asked.
     """
 
     logits: Tensor
     features: tuple[Tensor, ...] = ()
     embedding: Tensor | None = None
+    heads: tuple[tuple[Tensor, ...], ...] = ()
 
     def detach(self) -> Outputs:
         """Return the same values without their history."""
         embedding = None if self.embedding is None else self.embedding.detach()
-        return Outputs(self.logits.detach(), tuple(value.detach() for value in self.features), embedding)
+        features = tuple(value.detach() for value in self.features)
+        heads = tuple(tuple(value.detach() for value in stage) for stage in self.heads)
+        return Outputs(self.logits.detach(), features, embedding, heads)
+
+
+Continued = Callable[[Tensor, int, Tensor], Tensor]
+"""``(images, level, value)`` to what the static teacher makes of ``value`` in the place of its feature at a level.
+
+That is its next feature, or its logits behind the last one. Images are normalised for the student.
+"""
 
 
 @dataclass(frozen=True)
@@ -69,6 +81,7 @@ class Weights:
         anneal_epochs: epochs of the first phase of a method that has two.
         alpha: DKD's weight of the target class.
         beta: DKD's weight of the other classes.
+        own: what `Distiller.read` made of the settings that the loss alone has.
     """
 
     ce_weight: float = 1.0
@@ -79,6 +92,7 @@ class Weights:
     anneal_epochs: int = 0
     alpha: float = 1.0
     beta: float = 8.0
+    own: Any = None
 
     def ramp(self, epoch: int) -> float:
         """The weight of the loss in an epoch, counted from 1."""
@@ -100,6 +114,8 @@ class Distiller(nn.Module):
     Attributes:
         wants_features: whether ``Outputs.features`` has to be filled.
         wants_embedding: whether ``Outputs.embedding`` has to be filled.
+        wants_heads: whether ``Outputs.heads`` has to be filled, for a student to which `prepare` added heads.
+        settings: names of the settings that belong to the loss alone; None stands for a default.
         assistants: how many networks between teacher and student the loss needs: 0, 1, or None for one or more. Such
             a loss takes their outputs as a further argument ``assistants``.
         hands_down: what a chain of assistants learns from: "teacher", each from the one before it ("previous"), or
@@ -113,6 +129,8 @@ class Distiller(nn.Module):
 
     wants_features: ClassVar[bool] = False
     wants_embedding: ClassVar[bool] = False
+    wants_heads: ClassVar[bool] = False
+    settings: ClassVar[frozenset[str]] = frozenset()
     assistants: ClassVar[int | None] = 0
     hands_down: ClassVar[str] = "teacher"
     allows_mixing: ClassVar[bool] = True
@@ -124,6 +142,27 @@ class Distiller(nn.Module):
         super().__init__()
         self.weights = weights
         self.epoch = 1
+
+    @classmethod
+    def read(cls, config: TrainConfig) -> Any:
+        """Make of ``settings`` what the loss finds in ``Weights.own``."""
+        return None
+
+    @classmethod
+    def prepare(cls, student: nn.Module, example: Tensor, config: TrainConfig) -> nn.Module:
+        """Return the network to train in the place of the student; the same one in every process and on resuming."""
+        return student
+
+    @classmethod
+    def release(cls, student: nn.Module) -> nn.Module:
+        """Return the plain student for what became of `prepare`'s network, which stays as it is."""
+        return student
+
+    def meet(self, continued: Continued) -> None:
+        """Get to know how to run the static teacher on from its features, before the first step.
+
+        Called where ``wants_features`` is set. The teacher must not become part of the loss's state.
+        """
 
     @property
     def temperature(self) -> float:
@@ -181,6 +220,12 @@ def weights_of(config: TrainConfig, kind: type[Distiller]) -> Weights:
             raise InputError(
                 f"{given} would have no effect: the loss of --method {config.method} has nothing of the kind"
             )
+    for name in sorted(set().union(*(other.settings for other in _DISTILLERS.values())) - kind.settings):
+        if getattr(config, name) is not None:
+            users = " and ".join(other for other in distillers() if name in _DISTILLERS[other].settings)
+            raise InputError(
+                f"{flag(name)} would have no effect: it belongs to --method {users}, not to {config.method}"
+            )
     wished = {
         "ce_weight": config.ce_weight,
         "distill_weight": config.distill_weight,
@@ -191,7 +236,8 @@ def weights_of(config: TrainConfig, kind: type[Distiller]) -> Weights:
     }
     values = {**vars(kind.defaults), **{name: value for name, value in wished.items() if value is not None}}
     first = max(1, 2 * config.epochs // 3) if config.anneal_epochs is None else config.anneal_epochs
-    return Weights(**{**values, "temperatures": _temperatures(config, kind), "anneal_epochs": first})
+    further = {"temperatures": _temperatures(config, kind), "anneal_epochs": first, "own": kind.read(config)}
+    return Weights(**{**values, **further})
 
 
 def _temperatures(config: TrainConfig, kind: type[Distiller]) -> tuple[float, ...]:
@@ -234,6 +280,7 @@ def logits_of(model: nn.Module, images: Tensor) -> Tensor:
 
 __all__ = [
     "Batch",
+    "Continued",
     "Distiller",
     "Outputs",
     "Weights",

@@ -14,10 +14,12 @@ from reparam.distill.methods.base import Batch, Distiller, Outputs, Weights, dis
 class TAKD(Distiller):
     """``0.1 CE + 0.9 T^2 KL`` from the last assistant, which learned in the same way from the one before it.
 
-    The authors search weight and temperature for each pair of networks, and average the divergence over batch and
-    classes; here it is KD's batch mean, so the weights compare with those of ``kd``.
+    The paper's loss is ``(1 - lambda) CE + lambda T^2 KL``. The authors search lambda and T for each pair of networks,
+    and their program averages the divergence over batch and classes; here it is KD's batch mean with KD's weights, so
+    that ``kd``, ``takd`` and ``dgkd`` compare.
 
-    Source: Mirzadeh et al., "Improved Knowledge Distillation via Teacher Assistant" (AAAI 2020), equation 3.
+    Source: Mirzadeh et al., "Improved Knowledge Distillation via Teacher Assistant" (AAAI 2020), the student's loss of
+    its section on the teacher assistant.
     """
 
     assistants = None
