@@ -2,7 +2,11 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -216,6 +220,12 @@ def test_stop_in_either_stage_and_go_on(config, source, tmp_path, monkeypatch, m
     ("changes", "message"),
     [
         ({"assistant": None}, "needs a network between teacher and student; name it with --assistant"),
+        ({"assistant": None, "method": "takd"}, "needs a network between teacher and student"),
+        ({"assistant": None, "method": "dkd", "assistant_epochs": 3}, "belong to --assistant, which was not given"),
+        ({"assistant": "expand:2,cifar_resnet8", "method": "takd"}, "comes behind those with a name"),
+        ({"method": "takd", "alpha": 2.0}, "--alpha 2.0 would have no effect"),
+        ({"standardise": True}, "--standardise would have no effect"),
+        ({"output": None, "resume": "auto"}, "--resume goes on with the assistants in --output"),
         ({"assistant": "a,b"}, "--method gapkd has 1 assistants, --assistant names 2"),
         ({"method": "kd"}, "--method kd has 0 assistants, --assistant names 1"),
         ({"assistant": "expand:1"}, "write expand: and a ratio of 2 or more"),
@@ -235,6 +245,51 @@ def test_schedule_without_a_temperature_is_refused(config, source):
     changed = dataclasses.replace(config, method="at", assistant=None, tau_schedule="linear")
     with pytest.raises(InputError, match="--tau-schedule linear would have no effect: the loss of --method at"):
         train_all(changed, source=source)
+
+
+def test_bad_settings_of_the_student_are_found_before_the_first_stage(config, source, monkeypatch):
+    monkeypatch.setattr(chain, "train", lambda *_args, **_kwargs: pytest.fail("a stage was started"))
+    for changes in ({"method": "takd", "alpha": 2.0}, {"epochs": 1, "warmup_epochs": 0, "assistant_epochs": 5}):
+        with pytest.raises(InputError):
+            train_all(dataclasses.replace(config, **changes), source=source)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"temperature": 3.0}, ("kd", 3.0, None, None)),
+        ({"ce_weight": 2.0, "distill_weight": 5.0}, ("kd", None, None, None)),
+        ({"method": "takd", "ce_weight": 2.0, "distill_weight": 5.0}, ("kd", None, 2.0, 5.0)),
+    ],
+)
+def test_what_the_first_stage_takes_over(config, source, tmp_path, changes, expected):
+    train_all(dataclasses.replace(config, **changes), source=source)
+    stage = settings(tmp_path / "run" / "assistant-1-cifar_resnet8")
+    assert tuple(stage[name] for name in ("method", "temperature", "ce_weight", "distill_weight")) == expected
+
+
+def test_two_processes_share_the_stages(tmp_path, teacher):
+    """One group of processes for all stages; without --output the main process chooses the folder."""
+    words = f"--method gapkd --teacher {TEACHER} --teacher-checkpoint {teacher} --assistant cifar_resnet8 --epochs 2"
+    line = (
+        f"-m torch.distributed.run --standalone --nproc-per-node 2 -m reparam train {words} --limit-train 120 --quiet"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(chain.__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, *line.split()], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (run,) = (tmp_path / "runs").iterdir()
+    assert (run / "summary.json").is_file() and (run / "assistant-1-cifar_resnet8" / "summary.json").is_file()
+
+
+def test_stop_in_the_first_stage_names_the_folder_of_all(config, source, tmp_path, monkeypatch):
+    def stopped(*_args, **_kwargs):
+        raise StoppedError("inside")
+
+    monkeypatch.setattr(chain, "train", stopped)
+    with pytest.raises(StoppedError, match=f"assistant 1 of 1 .* --resume auto --output {tmp_path / 'run'}$"):
+        train_all(config, source=source)
 
 
 def test_output_of_another_run_is_refused_before_the_first_stage(config, source, tmp_path, monkeypatch):

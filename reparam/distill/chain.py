@@ -15,10 +15,12 @@ from typing import Any
 from reparam.distill import files
 from reparam.distill.config import TrainConfig
 from reparam.distill.data import Source, load_source
-from reparam.distill.methods import get_distiller
+from reparam.distill.distributed import Group, joined
+from reparam.distill.methods import get_distiller, weights_of
+from reparam.distill.states import resumed
 from reparam.distill.statics import GROWN
 from reparam.distill.trainer import train
-from reparam.errors import InputError
+from reparam.errors import InputError, StoppedError
 
 
 def train_all(config: TrainConfig, command: Sequence[str] = (), source: Source | None = None) -> dict[str, Any]:
@@ -40,21 +42,46 @@ def train_all(config: TrainConfig, command: Sequence[str] = (), source: Source |
     _check(config)
     if config.assistant is None or config.assistant_checkpoint is not None:
         return train(config, source=source, command=command)
-    if config.resume is None:
-        files.check_output(config)
-    output = Path(config.output).expanduser() if config.output else files.open_run_folder(config).path
-    source = source if source is not None else load_source(config.data, config.limit_train)
-    names, places = config.assistant.split(","), []
-    for number, name in enumerate(names, 1):
-        places.append(str(output / f"assistant-{number}-{name.replace(':', '-').replace('/', '-')}"))
-        stage = _stage(config, names[:number], places)
-        if not config.quiet:
-            print(f"assistant {number} of {len(names)}: {name}, in {places[-1]}", flush=True)
-        train(stage, source=source, command=command)
-    if not config.quiet:
-        print(f"student: {config.model}, in {output}", flush=True)
-    student = dataclasses.replace(config, output=str(output), assistant_checkpoint=",".join(places))
-    return train(student, source=source, command=command)
+    with joined(config.device) as group:  # once for all stages
+        output = Path(group.decide(lambda: _output(config)))
+        source = source if source is not None else load_source(config.data, config.limit_train)
+        names = config.assistant.split(",")
+        places = [str(output / f"assistant-{n}-{_as_file(name)}") for n, name in enumerate(names, 1)]
+        student = dataclasses.replace(config, output=str(output), assistant_checkpoint=",".join(places))
+        # What cannot work for the student is found before hours of training for it.
+        group.decide(lambda: resumed(student.resolved()))
+        weights_of(student.resolved(), get_distiller(config.distiller or ""))
+        for number, name in enumerate(names, 1):
+            _say(f"assistant {number} of {len(names)}: {name}, in {places[number - 1]}", config, group)
+            try:
+                train(_stage(config, names[:number], places[:number]), source=source, command=command)
+            except StoppedError as error:
+                raise StoppedError(
+                    f"stopped by SIGTERM while assistant {number} of {len(names)} was trained; the state is saved, go "
+                    f"on with --resume auto --output {output}"
+                ) from error
+        _say(f"student: {config.model}, in {output}", config, group)
+        return train(student, source=source, command=command)
+
+
+def _output(config: TrainConfig) -> str:
+    """The folder of the student's run, with those of the assistants inside."""
+    if config.output is not None:
+        if config.resume is None:
+            files.check_output(config)
+        return str(Path(config.output).expanduser())
+    if config.resume is not None:
+        raise InputError("--resume goes on with the assistants in --output, which was not given")
+    return str(files.open_run_folder(config).path)
+
+
+def _as_file(name: str) -> str:
+    return name.replace(":", "-").replace("/", "-")
+
+
+def _say(line: str, config: TrainConfig, group: Group) -> None:
+    if group.main and not config.quiet:
+        print(line, flush=True)
 
 
 def _stage(config: TrainConfig, names: list[str], places: list[str]) -> TrainConfig:
@@ -68,11 +95,13 @@ def _stage(config: TrainConfig, names: list[str], places: list[str]) -> TrainCon
         earlier = {"assistant": ",".join(before), "assistant_checkpoint": ",".join(places[:-1])}
         learns |= {"method": config.distiller, **earlier}
     if learns["method"] == "kd":
-        schedule = config.tau_schedule or (kind.schedule[0] if kind.schedule else None)
-        learns |= {"alpha": None, "beta": None, "distill_warmup": None, "ce_weight": None, "distill_weight": None}
-        learns |= {"tau_schedule": schedule, "assistant": None, "assistant_checkpoint": None}
-        if kind.schedule is not None:
-            learns |= {"tau_max": config.tau_max or kind.schedule[1], "tau_min": config.tau_min or kind.schedule[2]}
+        learns |= {"alpha": None, "beta": None, "assistant": None, "assistant_checkpoint": None}
+        if kind.hands_down == "teacher":  # a loss of another kind, with weights of its own
+            learns |= {"distill_warmup": None, "ce_weight": None, "distill_weight": None}
+        if kind.schedule is not None and config.temperature is None:
+            name_, highest, lowest = kind.schedule
+            learns |= {"tau_schedule": config.tau_schedule or name_}
+            learns |= {"tau_max": config.tau_max or highest, "tau_min": config.tau_min or lowest}
     model, widen = (config.model, int(name.removeprefix(GROWN))) if name.startswith(GROWN) else (name, None)
     return dataclasses.replace(
         config,
@@ -83,6 +112,8 @@ def _stage(config: TrainConfig, names: list[str], places: list[str]) -> TrainCon
         assistant_epochs=None,
         checkpoint=None,
         pretrained=False,
+        drop_path=config.drop_path if widen else None,
+        standardise=False,
         branches=None,
         branch_init=None,
         output=places[-1],
@@ -94,11 +125,13 @@ def _check(config: TrainConfig) -> None:
     kind = get_distiller(config.distiller) if config.distiller else None
     wanted = 0 if kind is None else kind.assistants
     if config.assistant is None:
-        if wanted:
+        if wanted != 0:
             raise InputError(
                 f"--method {config.method} needs a network between teacher and student; name it with --assistant, such "
                 "as --assistant cifar_resnet20 or --assistant expand:2"
             )
+        if config.assistant_checkpoint is not None or config.assistant_epochs is not None:
+            raise InputError("--assistant-checkpoint and --assistant-epochs belong to --assistant, which was not given")
         return
     names = config.assistant.split(",")
     if wanted == 0 or (wanted is not None and len(names) != wanted):
@@ -107,3 +140,9 @@ def _check(config: TrainConfig) -> None:
         ratio = name.removeprefix(GROWN)
         if name.startswith(GROWN) and (not ratio.isdigit() or int(ratio) < 2):
             raise InputError(f"--assistant {name}: write expand: and a ratio of 2 or more, such as expand:2")
+    grown = [name.startswith(GROWN) for name in names]
+    if sorted(grown) != grown:
+        raise InputError(
+            f"--assistant {config.assistant}: an assistant grown from the student comes behind those with a name, "
+            "because the next one would be taken for its student"
+        )

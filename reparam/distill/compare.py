@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from reparam.distill import files
+from reparam.distill.chain import train_all
 from reparam.distill.config import TrainConfig
 from reparam.distill.data import load_source
 from reparam.distill.figures import draw_curves
 from reparam.distill.files import open_run_folder
 from reparam.distill.ranges import STATIC_ONLY
 from reparam.distill.report import table
-from reparam.distill.trainer import train
 from reparam.errors import InputError
 from reparam.provenance import LIBRARIES, versions
 
@@ -79,7 +79,7 @@ def compare(config: TrainConfig, seeds: Sequence[int], command: Sequence[str] = 
         for arm in arms(config):
             output = str(run_folder(folder, arm, seed))
             run = dataclasses.replace(arm.config, seed=seed, output=output, quiet=True)
-            summary = train(run, source=source, command=command)
+            summary = train_all(run, source=source, command=command)
             results[arm.name][seed] = summary
             files.write_json(folder / COMPARISON, _content(config, results, command))
             if not config.quiet:

@@ -27,7 +27,7 @@ from reparam.distill.loaders import Facts, Loader, make_loader
 from reparam.distill.networks import Networks, with_method
 from reparam.distill.statics import load_static_teachers, renormalisation
 from reparam.distill.students import build, check_fit, grown
-from reparam.errors import FormatError, InputError
+from reparam.errors import FormatError, InputError, ReparamError
 from reparam.models import load_weights
 from reparam.provenance import provenance
 
@@ -115,7 +115,7 @@ def _pictured(
         return found
     try:
         statics = load_static_teachers(config, facts, example)
-    except (InputError, FormatError) as error:
+    except ReparamError as error:
         print(f"the picture lacks the static teacher: {error}")
         return found
     names = [f"teacher {config.teacher}", *(f"assistant {name}" for name in (config.assistant or "").split(","))]

@@ -106,6 +106,12 @@ def _heads_of(network: nn.Module, found: Stages) -> tuple[HeadTaps, ...]:
         module.place.stage: (head_names(network)[path], not module.place.geometry["stride"])
         for path, module in modules.items()
     }
+    lost = set(taps) - set(found.features)
+    if lost:
+        raise InputError(
+            f"{found.model}: with heads its stage {', '.join(sorted(lost))} is not found again, so they would learn "
+            "nothing; name other stages with --head-stages"
+        )
     pairs = zip(found.features, found.sizes, strict=True)
     return tuple(HeadTaps(*taps[name], size) if name in taps else HeadTaps() for name, size in pairs)
 

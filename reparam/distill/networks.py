@@ -206,6 +206,8 @@ def make_learners(
                 losses[name].meet(continued(static.network, other, static.normalised, example))
         observed[name] = Observed(compiled(network), own)
     static.observe = Observed(compiled(static.network), other)
+    for assistant in statics[1:]:
+        assistant.observe = Observed(compiled(assistant.network))
     device, dtype = example.device, example.dtype
     return Learners(networks, observed, {name: loss.to(device, dtype) for name, loss in losses.items()})
 

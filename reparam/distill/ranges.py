@@ -113,9 +113,14 @@ def check_ranges(config: Any, choices: Mapping[str, tuple[str, ...]]) -> None:
 
 _IDLE: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
-        "ratio noise kd_weight kd_loss kd_smoothing kd_start_epoch teacher_distill lr_scale",
+        "ratio kd_weight kd_loss kd_smoothing kd_start_epoch teacher_distill lr_scale",
         lambda config: not config.gpd,
         "--method has no gpd",
+    ),
+    (
+        "noise",
+        lambda config: not (config.gpd or config.widen or "expand:" in (config.assistant or "")),
+        "nothing is widened",
     ),
     ("teacher_distill", lambda config: config.distiller is None, "--method has no loss against a static teacher"),
     ("kd_smoothing", lambda config: config.kd_loss != "sce", "it belongs to --kd-loss sce"),

@@ -32,7 +32,7 @@ _WORDS: dict[Any, str] = {
     int: "a whole number",
     float: "a number",
     str: "text",
-    tuple: "a list of whole numbers",
+    tuple: "a list of numbers",
 }
 _LARGEST = 1e300
 
@@ -214,15 +214,15 @@ def _checked(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _converted(value: Any, annotation: Any, where: str) -> Any:
-    """The value as the annotation has it: ``T``, ``T | None``, or ``tuple[int, ...]``."""
+    """The value as the annotation has it: ``T``, ``T | None``, or ``tuple[T, ...]``."""
     is_union = isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union
     allowed = typing.get_args(annotation) if is_union else (annotation,)
     if value is None and type(None) in allowed:
         return None
     wanted = next(kind for kind in allowed if kind is not type(None))
     kind = typing.get_origin(wanted) or wanted
-    if kind is tuple and isinstance(value, (list, tuple)) and all(type(entry) is int for entry in value):
-        return tuple(value)
+    if kind is tuple and isinstance(value, (list, tuple)):
+        return tuple(_converted(entry, typing.get_args(wanted)[0], f"{where}, an entry") for entry in value)
     if kind is float and type(value) in (int, float) and abs(value) <= _LARGEST:
         return float(value)
     if kind in (bool, int, str) and type(value) is kind:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -109,7 +109,7 @@ def start(
     networks = make_networks(student, example, config)
     if config.channels_last:
         networks.owner.to(memory_format=torch.channels_last)
-    statics = load_static_teachers(config, loader.facts, example) if config.distiller else []
+    statics = load_static_teachers(config, loader.facts, example, _in_format(config)) if config.distiller else []
     compiled: Any = torch.compile if config.compile else lambda network: network
     learners = make_learners(networks, statics, example, loader.labels, config, compiled)
     exempt = frozenset(f"owner.{name}" for name in getattr(networks.owner, "no_weight_decay", set)())
@@ -125,6 +125,11 @@ def start(
         folder.write_config(config, versions(LIBRARIES), command, asdict(loader.facts))
     progress.say(report.opening(config, loader.facts, sizes(networks), str(group.device), group.world))
     return run
+
+
+def _in_format(config: TrainConfig) -> Callable[[nn.Module], nn.Module]:
+    wanted = torch.channels_last if config.channels_last else torch.preserve_format
+    return lambda network: network.to(memory_format=wanted)
 
 
 @contextmanager

@@ -87,6 +87,8 @@ def load_static_teachers(
                 f"--assistant names {len(names)} networks and --assistant-checkpoint {len(paths)} files or runs; "
                 "they go together in order"
             )
+        if not all(paths):
+            raise InputError("assistants are trained by `reparam train`; from Python give --assistant-checkpoint")
         wanted += [("--assistant", name, path) for name, path in zip(names, paths, strict=True)]
     loaded = [_load(option, spec, path, config, facts, example, place) for option, spec, path in wanted]
     teacher, *assistants = (count_parameters(one.network) for one in loaded)

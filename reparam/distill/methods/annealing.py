@@ -29,7 +29,7 @@ class AnnealingKD(Distiller):
     def shares(self) -> tuple[float, float]:
         """See `Distiller`: one of the two is zero."""
         first = self.epoch <= self.weights.anneal_epochs
-        return (0.0, self.weights.distill_weight) if first else (self.weights.ce_weight, 0.0)
+        return (0.0, self.weights.ramp(self.epoch)) if first else (self.weights.ce_weight, 0.0)
 
     def forward(self, learner: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """See `Distiller`."""

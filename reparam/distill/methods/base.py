@@ -214,8 +214,9 @@ def weights_of(config: TrainConfig, kind: type[Distiller]) -> Weights:
         InputError: a setting would have no effect on this loss.
     """
     for name in ("temperature", "tau_schedule", "tau_max", "tau_min", "alpha", "beta", "standardise", "anneal_epochs"):
-        if getattr(config, name) and name.replace("tau", "temperature").partition("_")[0] not in kind.numbers:
-            value = getattr(config, name)
+        value = getattr(config, name)
+        unset = value is None or value is False
+        if not unset and name.replace("tau", "temperature").partition("_")[0] not in kind.numbers:
             given = flag(name) if value is True else f"{flag(name)} {value}"
             raise InputError(
                 f"{given} would have no effect: the loss of --method {config.method} has nothing of the kind"
