@@ -454,7 +454,7 @@ def test_unknown_recipes(name: str, message: str) -> None:
         ("model: 18", "model must be text, got the number 18; write '18', with quotes"),
         ("teacher: true", "teacher must be text, got true; write 'true', with quotes"),
         ("milestones: 30,60", "milestones must be a list of numbers, got the text '30,60'"),
-        ("milestones: [30, 60.5]", "milestones, an entry must be a whole number, got 60.5"),
+        ("milestones: [30, 60.5]", "milestones, an entry must be a whole number"),
         ("milestones: [true]", "milestones, an entry must be a whole number, got true"),
         ("lr: 1\nlr: 2", "line 5, column 3: found the key 'lr' a second time"),
         ("model: !!python/object/apply:os.getcwd []", "found the tag tag:yaml.org,2002:python/object/apply:os.getcwd"),
