@@ -499,6 +499,16 @@ def test_process_that_is_stopped(tmp_path):
     assert last_state(tmp_path / "run")["steps"] >= 8
 
 
+def test_leftovers_of_a_killed_process_are_removed(tmp_path):
+    config = TrainConfig(epochs=1, limit_train=50, batch_size=25, quiet=True, output=str(tmp_path / "run"))
+    train(config)
+    (tmp_path / "run" / files.SUMMARY).unlink()
+    for name in (".metrics.partial.csv", "..teacher.partial.safetensors.0123.tmp"):
+        (tmp_path / "run" / name).write_bytes(b"half")
+    train(dataclasses.replace(config, resume="auto"))
+    assert not list((tmp_path / "run").rglob("*partial*")) and (tmp_path / "run" / files.SUMMARY).is_file()
+
+
 @pytest.mark.slow
 def test_limit_on_the_size_of_files(tmp_path):
     """A real refusal of the operating system in the middle of a write."""

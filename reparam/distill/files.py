@@ -75,6 +75,11 @@ class RunFolder:
             writer.writerows(self.rows)
         write_atomically(self.path / METRICS, lambda partial: partial.write_text(text.getvalue(), encoding="utf-8"))
 
+    def sweep(self) -> None:
+        """Remove what a killed process left of files that it was writing."""
+        for path in self.path.glob(".*partial*"):
+            path.unlink(missing_ok=True)
+
     def save_networks(self, student: nn.Module, teacher: nn.Module | None, ema: bool = False) -> None:
         """Write the student's file and, if there is a teacher, the teacher's."""
         save_weights(student, self.path / (STUDENT_EMA if ema else STUDENT))

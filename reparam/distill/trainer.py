@@ -95,6 +95,7 @@ def _begin(run: Run, found: checkpoints.Found | None) -> None:
         return
     take_up(run, found)
     if run.group.main:
+        run.folder.sweep()
         if run.config.resume != "auto":
             checkpoints.drop_later(run.folder.path, run.steps)
         write_results(run)
