@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from training import trained_run
 
 from reparam.distill import chain, losses, schedules, trainer
 from reparam.distill.chain import train_all
 from reparam.distill.config import TrainConfig
 from reparam.distill.data import load_source
 from reparam.distill.methods import Batch, Outputs, get_distiller, weights_of
-from reparam.distill.trainer import train
 from reparam.errors import InputError, StoppedError
 
 TEACHER = "cifar_resnet14"
@@ -31,12 +31,7 @@ def source():
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory, source):
     """The output folder of a run that trained the static teacher."""
-    output = tmp_path_factory.mktemp("runs") / "teacher"
-    train(
-        TrainConfig(model=TEACHER, method="baseline", epochs=1, batch_size=40, output=str(output), quiet=True),
-        source=source,
-    )
-    return str(output)
+    return trained_run(tmp_path_factory.mktemp("runs") / "teacher", TEACHER, source)
 
 
 @pytest.fixture

@@ -11,7 +11,16 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
-from training import assert_same_run, last_state, make_batch, make_engine, make_meter, small_net, static_teacher
+from training import (
+    assert_same_run,
+    last_state,
+    make_batch,
+    make_engine,
+    make_meter,
+    small_net,
+    static_teacher,
+    trained_run,
+)
 
 from reparam.cli import main
 from reparam.distill import finish, kdiffusion
@@ -42,12 +51,7 @@ def source():
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory, source):
     """The output folder of a run that trained the static teacher."""
-    output = tmp_path_factory.mktemp("runs") / "teacher"
-    train(
-        TrainConfig(model=TEACHER, method="baseline", epochs=1, batch_size=40, output=str(output), quiet=True),
-        source=source,
-    )
-    return str(output)
+    return trained_run(tmp_path_factory.mktemp("runs") / "teacher", TEACHER, source)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from torch import nn
 
 from reparam.distill import checkpoints
 from reparam.distill.config import TrainConfig
-from reparam.distill.data import Facts
+from reparam.distill.data import Facts, Source
 from reparam.distill.distributed import Group
 from reparam.distill.engine import Engine
 from reparam.distill.meter import Meter
@@ -22,6 +22,7 @@ from reparam.distill.models import CifarResNet
 from reparam.distill.networks import make_learners, make_networks
 from reparam.distill.optim import make_optimizer, make_scheduler
 from reparam.distill.statics import StaticTeacher
+from reparam.distill.trainer import train
 
 GROUP = Group(0, 0, 1, torch.device("cpu"))
 
@@ -209,3 +210,10 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert metrics(one) == metrics(other), (metrics(one), metrics(other))
     for file in sorted(one.glob("*.safetensors")):
         assert file.read_bytes() == (other / file.name).read_bytes(), file.name
+
+
+def trained_run(output: Path, model: str, source: Source) -> str:
+    """Train ``model`` alone for an epoch, as the static teacher of other runs, and return its folder."""
+    config = TrainConfig(model=model, method="baseline", epochs=1, batch_size=40, output=str(output), quiet=True)
+    train(config, source=source)
+    return str(output)

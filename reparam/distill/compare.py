@@ -16,7 +16,7 @@ from typing import Any
 
 from reparam.distill import files
 from reparam.distill.chain import train_all
-from reparam.distill.config import TrainConfig
+from reparam.distill.config import TrainConfig, options
 from reparam.distill.data import load_source
 from reparam.distill.figures import draw_curves
 from reparam.distill.files import open_run_folder
@@ -42,7 +42,7 @@ def arms(config: TrainConfig) -> list[Arm]:
     factors = [1, config.ratio**2] if config.optimizer == "sgd" else [1, config.ratio, config.ratio**2]
     base_lr = config.lr or 0.0
     found = [Arm(f"{config.method} lr {base_lr:g}", config)]
-    without: dict[str, Any] = dict.fromkeys(STATIC_ONLY) | {"standardise": False}
+    without = {name: default for name, (_, default) in options().items() if name in STATIC_ONLY}
     for factor in dict.fromkeys(factors):
         plain = dataclasses.replace(
             config, method="baseline", teacher=None, teacher_checkpoint=None, lr=base_lr * factor, **without

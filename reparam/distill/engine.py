@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -122,9 +121,7 @@ class Engine:
         """Forward and backward of each learner; gradients travel between processes in the last of all only."""
         names = self.learners.names
         synchronised = SyncStatistics() if self.config.sync_bn and self.group.world > 1 else nullcontext()
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(synchronised)
-            stack.enter_context(self.autocast())
+        with synchronised, self.autocast():
             losses = parts(self.learners, self._run, self.statics, batch, self.config, epoch)
             for name in names:
                 final = last and name == names[-1]

@@ -80,7 +80,8 @@ def evaluate_run(
     trained = files.read_json(path / files.CONFIG)["data"]
     facts = loader.facts
     # Resident data is normalised by its own statistics; the networks were trained with those of the run's data.
-    normalised = renormalisation((facts.mean, facts.std), (tuple(trained["mean"]), tuple(trained["std"])), place)
+    seen = dataclasses.replace(facts, mean=tuple(trained["mean"]), std=tuple(trained["std"]))
+    normalised = renormalisation((facts.mean, facts.std), (seen.mean, seen.std), place)
     example = normalised(next(iter(loader.test()))[0][:2])
     check_fit(student, example, facts, config.model)
     if config.widen is not None:
@@ -92,12 +93,11 @@ def evaluate_run(
     with torch.no_grad(), tf32(False):
         rows = evaluate.measure(entries, loader.test(), place=normalised)
     table = [dataclasses.asdict(row) for row in rows]
-    print(f"{path}: {config.model} on {loader.facts.test_images:,} test images of {loader.facts.name}")
+    print(f"{path}: {config.model} on {facts.test_images:,} test images of {facts.name}")
     print(report.networks_table(table))
     if json is not None:
         files.write_json(Path(json), {"table": table, **provenance(f"reparam evaluate {path.name}", place)})
     if picture is not None:
-        seen = dataclasses.replace(facts, mean=tuple(trained["mean"]), std=tuple(trained["std"]))
         networks = _pictured(entries, config, seen, example)
         _draw_logits(networks, loader, normalised, source.classes, picture)
     return 0 if all(row.passed for row in rows if row.same_as is not None) else 1

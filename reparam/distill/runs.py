@@ -77,7 +77,6 @@ def start(
     source: Source | None,
     command: Sequence[str],
     group: Group,
-    check: bool,
 ) -> Run:
     """Load and check everything that a run needs.
 
@@ -87,7 +86,6 @@ def start(
         source: the data, or None to load it.
         command: what the user typed, for config.json.
         group: the processes.
-        check: refuse an output folder that holds a run.
     """
     source = source if source is not None else load_source(config.data, config.limit_train)
     _set_threads(config, source)
@@ -118,7 +116,7 @@ def start(
     optimizer = make_optimizer(learners, config, exempt, scales)
     scheduler = make_scheduler(optimizer, config, loader.steps)
     engine = Engine(learners, statics, optimizer, scheduler, config, group)
-    folder = RunFolder(group.decide(lambda: open_run_folder(config, check=check).path))
+    folder = RunFolder(group.decide(lambda: open_run_folder(config, check=False).path))
     progress = report.Progress(config.epochs, loader.steps, config.quiet or not group.main)
     run = Run(config, engine, loader, folder, progress, blank, Meter(learners.names, group))
     if group.main:

@@ -71,7 +71,7 @@ def train(
         if done is not None:
             return done
         found = group.decide(lambda: resumed(config))
-        run = start(config, student, source, command, group, check=False)
+        run = start(config, student, source, command, group)
         try:
             _begin(run, found)
             del found  # a second copy of the whole state
