@@ -19,7 +19,7 @@ from test_kernels import error, values
 from torch import Tensor, nn
 
 from reparam.errors import InputError, KernelError
-from reparam.ops import recipes
+from reparam.ops import algebra, factors, recipes
 from reparam.ops.block import merge, new_tensors, run, wide_frame, wide_tensors, widening
 from reparam.ops.expressions import Expression, Sum, has_norms
 from reparam.ops.frames import Frame, Widening
@@ -35,6 +35,7 @@ SOME = settings(
 
 ALL = [
     "orepa", "orepa:pointwise=released", *(f"orepa:branches={n}" for n in range(1, 6)),
+    "orepa_small", "orepa_small:bottleneck=2,filters=3",
     "acb", "dbb", "repvgg", "mobileone", "mobileone:branches=1", "expandnet:rate=2", "expandnet:rate=2,variant=ck",
 ]  # fmt: skip
 NORMED = ("acb", "dbb", "repvgg", "mobileone")
@@ -387,6 +388,58 @@ def test_how_orepa_starts(word: str, last: float) -> None:
         assert bound / 2 < float(tensors["average.point"].abs().max()) <= bound
 
 
+def added_apart(expression: Sum, read: Callable[[str], Tensor], frame: Frame) -> Tensor:
+    """The kernel of a sum, every part written out."""
+    parts = [Sum((part,)) for part in expression.parts]
+    kernels = [part.kernel(read, frame) for part in parts]
+    size = kernels[0].size
+    return sum(algebra.resize(replace(kernel, padding=(0,) * kernel.dims), size).weight for kernel in kernels)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+@pytest.mark.parametrize("name", ["orepa", "orepa:pointwise=released", "orepa_small", "orepa_small:filters=2"])
+def test_products_are_the_sum_of_the_parts_written_out(name: str, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = site_of(8, 16, groups=groups)
+    expression = recipes.get(name).expression(site)
+    assert isinstance(expression, Sum)
+    counted: list[int] = []
+    add = factors.add
+    monkeypatch.setattr(factors, "add", lambda kernel, ones: counted.append(len(ones)) or add(kernel, ones))
+    tensors = drawn(expression, site)
+    trained = {n: t for n, t in tensors.items() if t.requires_grad}
+    weights = [sum_.square() for sum_ in (
+        expression.kernel(tensors.__getitem__, plain_frame(site)).weight,
+        added_apart(expression, tensors.__getitem__, plain_frame(site)),
+    )]  # fmt: skip
+    assert error(*weights) <= EXACT
+    gradients = [torch.autograd.grad(weight.sum(), list(trained.values())) for weight in weights]
+    assert max(error(a, b) for a, b in zip(*gradients, strict=True)) <= EXACT
+    # Not vacuous: three to four branches do go through products (with groups the separable one only if depthwise).
+    assert max(counted) == 4 - ("released" in name) - (groups == 2)
+
+
+@pytest.mark.parametrize("size", [(3, 3), (5, 5), (3,)])
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_products_of_other_operators(size: tuple[int, ...], dilation: int) -> None:
+    """A single tap in the middle, taps at other distances, and a part that joins nothing: all where they belong."""
+    site = site_of(4, 4, size, padding=dilation * (size[0] // 2), dilation=dilation)
+    small = site.point("small.weight", strided=True).scaled("small.scale", 1.0)
+    far = site.sized("far.weight", (3,) * len(size))
+    pooled = site.point("pool.point") >> site.average("pool.window")
+    expression = site.origin() + small + far + pooled
+    tensors = drawn(expression, site)
+    x = field(site)
+    merged = merge(expression, site, plain_frame(site), tensors.__getitem__)
+    assert error(merged(x), run(expression, site, plain_frame(site), tensors.__getitem__, True, x, None)) <= EXACT
+
+
+def test_parameters_of_orepa_small() -> None:
+    """14.25 C^2 for C channels, the layer's own included, and C for each scale and depthwise filter."""
+    slots = recipes.get("orepa_small").expression(site_of(64, 64)).slots()
+    count = sum(math.prod(slot.shape) for _, slot in slots if slot.kind == "weight")
+    assert count + 9 * 64**2 == 14.25 * 64**2 + 6 * 64 + 9 * 64
+
+
 def test_parameters_of_orepa() -> None:
     """Per convolution C -> C with 3 taps: 38 C^2 values as released, in place of 9 C^2."""
     site = site_of(16, 16)
@@ -626,6 +679,7 @@ REFUSED = [
     ("orepa", site_of(stride=2), "stride"),
     ("orepa", site_of(size=(2, 2)), "one tap|even"),
     ("orepa", site_of(size=()), "linear"),
+    ("orepa_small", site_of(stride=2), "stride"),
     ("acb", site_of(size=(4, 4)), "even"),
     ("acb", site_of(size=(3, 1)), "one dimension"),
     ("dbb", site_of(size=(1, 1)), "one tap"),
@@ -657,9 +711,9 @@ def test_rows_of_a_linear_layer() -> None:
 
 def test_wrong_options() -> None:
     site = site_of()
-    for text in ("orepa:branches=0", "orepa:branches=7", "orepa:pointwise=x", "mobileone:branches=0",
-                 "expandnet:rate=0", "expandnet:variant=x"):  # fmt: skip
-        with pytest.raises(InputError, match=r"branch|rate|pointwise"):
+    for text in ("orepa:branches=0", "orepa:branches=7", "orepa:pointwise=x", "orepa_small:bottleneck=0",
+                 "orepa_small:filters=0", "mobileone:branches=0", "expandnet:rate=0", "expandnet:variant=x"):  # fmt: skip
+        with pytest.raises(InputError, match=r"branch|rate|pointwise|bottleneck"):
             recipes.get(text).expression(site)
     with pytest.raises(Unfit, match="from 5 on"):
         recipes.get("expandnet:variant=ck").expression(site)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,82 @@ def test_only_the_students_block_gets_a_gradient_from_the_view() -> None:
     assert gradient is not None
     assert bool((gradient[::2] != 0).any())
     assert not bool(gradient[1::2].any())
+
+
+GATHERED = [("Conv", {}), ("Conv", {"branches": "orepa", "init": "scratch"}), ("Conv", {"ratio": 3}),
+            ("Conv", {"branches": "dbb", "init": "scratch"}), ("Lstm", {}), ("Normed", {}), ("Tied", {})]  # fmt: skip
+
+
+def network_to_gather(name: str) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    if name == "Conv":
+        return net(), X
+    if name == "Lstm":  # its weights must not be views
+        return FromLast(nn.LSTM(4, 6, batch_first=True), nn.Linear(6, 3)).double(), sample((3, 5, 4))
+    if name == "Normed":
+        weight_norm = nn.utils.parametrizations.weight_norm(nn.Linear(6, 6))
+        return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), weight_norm, nn.Tanh(), nn.Linear(6, 3)).double(), sample(
+            (3, 4)
+        )
+    middle = nn.Linear(6, 6)
+    return nn.Sequential(nn.Linear(4, 6), middle, nn.Tanh(), middle, nn.Linear(6, 3)).double(), sample((3, 4))
+
+
+class FromLast(nn.Module):
+    """A recurrent network and a classifier of its last output."""
+
+    def __init__(self, recurrent: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.recurrent, self.head = recurrent, head
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.recurrent(x)[0][:, -1])
+
+
+@pytest.mark.parametrize(("name", "options"), GATHERED, ids=str)
+def test_gathered_gradients_are_those_of_autograd(name: str, options: dict[str, object]) -> None:
+    model, x = network_to_gather(name)
+    found = []
+    for gather in (False, True):
+        torch.manual_seed(0)
+        teacher = reparam.expand(model, **{"ratio": 2, **options}, example_input=x).train()
+        first = next(p for _, p in teacher.named_parameters())
+        first.requires_grad_(False)
+        view = reparam.student_view(teacher).train()
+        teacher(x).square().mean().backward()
+        alone = {n: p.grad.clone() for n, p in teacher.named_parameters() if p.grad is not None}
+        with view.gathered() if gather else nullcontext():
+            for k in (1, 2):  # pieces of a step
+                (k * view(x)).cos().mean().backward()
+        found.append({n: p.grad for n, p in teacher.named_parameters()})
+        assert first.grad is None
+    for key, value in found[0].items():
+        assert (value is None) == (found[1][key] is None)
+        assert value is None or error(found[1][key], value) <= 1e-12, key
+    assert any(error(found[1][key], value) > 1e-3 for key, value in alone.items())  # the student did add something
+
+
+def test_gathered_gradients_without_those_of_a_teacher() -> None:
+    teacher = teacher_of(net())
+    view = reparam.student_view(teacher)
+    view(X).square().mean().backward()
+    wanted = {n: p.grad.clone() for n, p in teacher.named_parameters()}
+    teacher.zero_grad()
+    with view.gathered():
+        view(X).square().mean().backward()
+        assert all(p.grad is None for p in (teacher.stem.weight, teacher.body.weight))
+    assert all(error(p.grad, wanted[n]) <= 1e-12 for n, p in teacher.named_parameters())
+
+
+def test_an_error_inside_leaves_the_gradients_alone() -> None:
+    teacher = teacher_of(net())
+    view = reparam.student_view(teacher)
+    with pytest.raises(RuntimeError, match="stop"), view.gathered():
+        view(X).sum().backward()
+        raise RuntimeError("stop")
+    assert teacher.stem.weight.grad is None
+    view(X).sum().backward()  # and the view is as before
+    assert teacher.stem.weight.grad is not None
 
 
 def test_gradients_of_both_add_up_in_the_same_tensors() -> None:

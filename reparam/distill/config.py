@@ -123,7 +123,10 @@ class TrainConfig:
     method: str = _option("gpd", "method", _METHOD_HELP, metavar="NAME")
     ratio: int = _option(2, "method", "gpd: channel expansion of the dynamic teacher, one for all layers", int)
     branches: str | None = _option(
-        None, "method", "branches beside the layers: orepa, acb, dbb, repvgg, mobileone, expandnet", metavar="RECIPE"
+        None,
+        "method",
+        "branches beside the layers: orepa, orepa_small, acb, dbb, repvgg, mobileone, expandnet",
+        metavar="RECIPE",
     )
     kd_weight: float = _option(3.0, "method", "gpd: weight of the soft loss from dynamic teacher to student", float)
     distill_weight: float | None = _option(

@@ -17,6 +17,7 @@ from reparam.distill.meter import Meter
 from reparam.distill.methods.base import Batch, Outputs
 from reparam.distill.networks import Learners, Networks, parts
 from reparam.distill.statics import StaticTeacher
+from reparam.passes.view import StudentView
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -77,8 +78,9 @@ class Engine:
         """Take optimizer step number ``steps`` (from 1) on this process's part of a batch."""
         self.optimizer.zero_grad(set_to_none=True)
         pieces = _split(self.placed(batch), self.config.accumulate)
-        for number, piece in enumerate(pieces, 1):
-            self._backward(piece, epoch, meter, 1 / len(pieces), number == len(pieces))
+        with self._gathered():
+            for number, piece in enumerate(pieces, 1):
+                self._backward(piece, epoch, meter, 1 / len(pieces), number == len(pieces))
         if self.config.clip_grad:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self._trained, self.config.clip_grad)
@@ -132,6 +134,17 @@ class Engine:
                         loss = _joined(part.loss, self._trained) if final and self.group.world > 1 else part.loss
                         self.scaler.scale(loss * share).backward()
                     del part, loss  # and with them the graph, before the next one is built
+
+    def _gathered(self) -> AbstractContextManager[Any]:
+        """The student's tensors are made once per step, and their gradients brought to the parameters at its end.
+
+        Not with several processes, because DistributedDataParallel reduces a gradient in the backward pass itself;
+        nor where the view is compiled, which makes its tensors inside.
+        """
+        student = self.networks.student
+        if not isinstance(student, StudentView) or self.group.world > 1 or self.config.compile:
+            return nullcontext()
+        return student.gathered()
 
     def _run(self, name: str, images: Tensor) -> Outputs:
         outputs: Outputs = self._distributed(name, images)

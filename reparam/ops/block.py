@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from reparam.errors import InputError, KernelError
-from reparam.ops.expressions import Expression, has_norms, start_all
+from reparam.ops.expressions import Expression, has_norms
 from reparam.ops.flow import Flow
 from reparam.ops.frames import Frame, Read, Widening
 from reparam.ops.kernels import Kernel
@@ -141,13 +141,24 @@ def block_of(expression: Expression, site: Site, frame: Frame, tensors: Mapping[
 
 
 def new_tensors(expression: Expression, like: Tensor) -> dict[str, Tensor]:
-    """Return the first values of the student's tensors, in the dtype and on the device of the operator's weight."""
+    """Return the first values of the student's tensors, in the dtype and on the device of the operator's weight.
+
+    Random ones are drawn from torch's default generator.
+    """
 
     def make(shape: tuple[int, ...], kind: str) -> Tensor:
         counter = kind == "statistic" and not shape
         return torch.empty(shape, dtype=torch.long if counter else like.dtype, device=like.device)
 
-    return start_all(expression, make)
+    result = {}
+    with torch.no_grad():
+        for name, slot in expression.slots():
+            tensor = result[name] = make(slot.shape, slot.kind)
+            if slot.start is not None:
+                slot.start(tensor)
+            elif tensor.device.type != "meta":
+                nn.init.kaiming_uniform_(tensor.flatten(1))
+    return result
 
 
 def check_start(expression: Expression, site: Site, weight: Tensor, recipe: str) -> None:

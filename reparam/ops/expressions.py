@@ -13,11 +13,11 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
-import torch
 from torch import Tensor, nn
 
 from reparam.errors import KernelError
-from reparam.ops import algebra
+from reparam.ops import algebra, factors
+from reparam.ops.factors import Factors
 from reparam.ops.flow import Flow, summed
 from reparam.ops.frames import Frame, Read, Slot, Widening
 from reparam.ops.kernels import Kernel, Sizes
@@ -31,6 +31,10 @@ class Expression:
     def kernel(self, read: Read, frame: Frame) -> Kernel:
         """Return the one kernel, norms in eval mode; differentiable."""
         raise NotImplementedError
+
+    def factors(self, read: Read, frame: Frame) -> Factors | None:
+        """Return the kernel as a product of channels and taps; None where it is none."""
+        return None
 
     def run(self, flow: Flow, read: Read, frame: Frame, training: bool) -> Flow:
         """Run the operators themselves; norms use and update statistics in train mode."""
@@ -115,6 +119,10 @@ class Weight(Expression):
         groups = frame.inputs if self.depthwise else frame.groups
         return Kernel(read(self.name), None, self.stride, none, self.dilation, none, groups)
 
+    def factors(self, read: Read, frame: Frame) -> Factors | None:
+        """See the base class."""
+        return factors.point(self.kernel(read, frame)) if set(self.size) == {1} and not self.depthwise else None
+
     def run(self, flow: Flow, read: Read, frame: Frame, training: bool) -> Flow:
         """See the base class."""
         return flow.through(self.kernel(read, frame))
@@ -184,6 +192,13 @@ class Sequence(Expression):
             kernels[-1] = algebra.scale(kernels[-1], factors)
         return algebra.then(*kernels)
 
+    def factors(self, read: Read, frame: Frame) -> Factors | None:
+        """See the base class."""
+        if len(self.parts) != 2 or not all(isinstance(part, Weight) for part in self.parts):
+            return None
+        first = self.parts[0].kernel(read, frame)
+        return factors.sequence(first, self.parts[1].kernel(read, replace(frame, inputs=first.outputs)))
+
     def run(self, flow: Flow, read: Read, frame: Frame, training: bool) -> Flow:
         """See the base class."""
         for part in self.parts:
@@ -249,8 +264,14 @@ class Sum(Expression):
 
     def kernel(self, read: Read, frame: Frame) -> Kernel:
         """See the base class; smaller kernels lie in the middle."""
-        kernels = [part.kernel(read, frame) for part in self.parts]
-        return algebra.add(*(_inside(kernel, self.span) for kernel in kernels))
+        first, *others = self.parts
+        products = [(part, part.factors(read, frame)) for part in others]
+        dense = [first, *(part for part, product in products if product is None)]
+        whole = algebra.add(*(_inside(part.kernel(read, frame), self.span) for part in dense))
+        joined = [product for _, product in products if product is not None and product.joins(whole)]
+        apart = [part for part, product in products if product is not None and not product.joins(whole)]
+        whole = factors.add(whole, joined)
+        return algebra.add(whole, *(_inside(part.kernel(read, frame), self.span) for part in apart))
 
     def run(self, flow: Flow, read: Read, frame: Frame, training: bool) -> Flow:
         """See the base class."""
@@ -300,6 +321,11 @@ class Wrapped(Expression):
 
 class Scaled(Wrapped):
     """Times a trained factor per output channel."""
+
+    def factors(self, read: Read, frame: Frame) -> Factors | None:
+        """See the base class."""
+        product = self.part.factors(read, frame)
+        return None if product is None else product.scaled(read(self.name))
 
     def kernel(self, read: Read, frame: Frame) -> Kernel:
         """See the base class."""
@@ -365,21 +391,3 @@ class Normed(Wrapped):
 def has_norms(expression: Expression) -> bool:
     """Whether it has norms inside: then it is linear in eval mode only."""
     return any(slot.kind == "statistic" for _name, slot in expression.slots())
-
-
-def start_all(expression: Expression, make: Callable[[tuple[int, ...], str], Tensor]) -> dict[str, Tensor]:
-    """Return the first values of all tensors, random ones drawn from torch's default generator.
-
-    Args:
-        expression: what to start.
-        make: returns an empty tensor for a shape and kind.
-    """
-    result = {}
-    with torch.no_grad():
-        for name, slot in expression.slots():
-            tensor = result[name] = make(slot.shape, slot.kind)
-            if slot.start is not None:
-                slot.start(tensor)
-            elif tensor.device.type != "meta":
-                nn.init.kaiming_uniform_(tensor.flatten(1))
-    return result

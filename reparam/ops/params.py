@@ -102,6 +102,31 @@ class ParamMap:
         # torch's CPU batch_norm gives wrong gradients for a weight with a stride (2.15, input [N, C]).
         return value.contiguous() if value.dim() == 1 else value
 
+    def pull_back(self, gradient: Tensor, into: Tensor) -> None:
+        """Add a gradient of the student's tensor to one of the teacher's: the adjoint of :meth:`narrow`, in place.
+
+        Automatic differentiation would write the whole wide tensor, mostly zeros, and add that.
+
+        Args:
+            gradient: of the student's tensor, :attr:`shape`.
+            into: gradient of the teacher's tensor, :attr:`wide_shape`; changed.
+        """
+        factor = 1.0
+        for dim in self.divide:
+            divisor = self._divisor(dim, self.maps[dim].counts, gradient)
+            if isinstance(divisor, float):
+                factor *= divisor
+            else:
+                gradient = gradient * divisor
+        for dim, replica_map in self.maps.items():
+            if replica_map.slice is not None:
+                into = first_replicas(into, dim, replica_map)
+            else:
+                first = torch.tensor(replica_map.first, device=gradient.device)
+                shape = [*gradient.shape[:dim], len(replica_map), *gradient.shape[dim + 1 :]]
+                gradient = gradient.new_zeros(shape).index_copy(dim, first, gradient)
+        into.add_(gradient, alpha=factor)
+
     @property
     def divisor(self) -> float:
         """By how much the student's tensor is larger than the block of the teacher's that it is read from.

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from reparam.ops.block import BRANCHES, block_of, merge, module_at, new_tensors, run, wide_frame, wide_tensors, widening
 from reparam.ops.expressions import Expression, has_norms
-from reparam.ops.frames import Frame, Widening
+from reparam.ops.frames import Frame, Read, Widening
 from reparam.ops.kernels import Kernel
 from reparam.ops.params import ParamMap
 from reparam.passes.plan import STATISTICS, Plan
@@ -129,25 +129,31 @@ class StudentBranches:
         self.plan = branch
         self.name = branch.site.name
         self.module = self.name.rpartition(".")[0]
+        self.path = path_of(branch)
         self.expression: Expression = branch.recipe.expression(branch.site)
         self.running = has_norms(self.expression)
-        maps = dict(self.expression.maps(around(teacher.plan, branch)))
-        self.slots: dict[str, tuple[Any, str, ParamMap | None]] = {}
-        for name, slot in self.expression.slots():
-            own = slot.kind == "statistic" and teacher.plan.own_statistics
-            path, _, leaf = f"{f'{STATISTICS}.' if own else ''}{path_of(branch)}.{name}".rpartition(".")
-            holder = teacher.get_submodule(path)
-            places = holder._parameters if leaf in holder._parameters else holder._buffers
-            self.slots[name] = places, leaf, None if own else maps[name]
+        self._own = teacher.plan.own_statistics
+        self._around = around(teacher.plan, branch)
 
-    def merge_into(self, tensors: dict[str, Tensor], names: Mapping[str, Collection[str]]) -> None:
+    def places(self) -> Iterator[tuple[str, str, ParamMap | None]]:
+        """Yield every tensor: its key in what is narrowed, its place in the teacher, and the map to narrow it by."""
+        maps = dict(self.expression.maps(self._around))
+        for name, slot in self.expression.slots():
+            key = f"{self.path}.{name}"
+            own = slot.kind == "statistic" and self._own
+            yield (key, f"{STATISTICS}.{key}", None) if own else (key, key, maps[name])
+
+    def merge_into(
+        self, tensors: dict[str, Tensor], values: Mapping[str, Tensor], names: Mapping[str, Collection[str]]
+    ) -> None:
         """Replace the layer's weight by the merged one; its bias goes to the layer's own, or into the norms behind it.
 
         Args:
             tensors: of the student, narrowed; changed in place.
+            values: tensors of the branches, narrowed, by the keys of :meth:`places`.
             names: first name -> all names of the same tensor.
         """
-        kernel = self._merged(tensors[self.name])
+        kernel = self._merged(tensors[self.name], values)
         tensors.update(dict.fromkeys(names[self.name], kernel.weight))
         if kernel.bias is None:
             return
@@ -158,45 +164,44 @@ class StudentBranches:
             rest = tensors[mean] - kernel.bias.to(tensors[mean].dtype)
             tensors.update(dict.fromkeys(names[mean], rest))
 
-    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None, training: bool) -> Tensor:
+    def run(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, values: Mapping[str, Tensor], training: bool
+    ) -> Tensor:
         """Return what the layer returns: branches side by side in train mode, merged in eval mode."""
         if training:
-            return run(self.expression, self.plan.site, student_frame(self.plan), self._reader(weight), True, x, bias)
-        return self._merged(weight).with_bias(bias)(x)
+            read = self._reader(weight, values)
+            return run(self.expression, self.plan.site, student_frame(self.plan), read, True, x, bias)
+        return self._merged(weight, values).with_bias(bias)(x)
 
-    def _merged(self, weight: Tensor) -> Kernel:
-        return merge(self.expression, self.plan.site, student_frame(self.plan), self._reader(weight))
+    def _merged(self, weight: Tensor, values: Mapping[str, Tensor]) -> Kernel:
+        return merge(self.expression, self.plan.site, student_frame(self.plan), self._reader(weight, values))
 
-    def _reader(self, weight: Tensor) -> Any:
-        def read(name: str) -> Tensor:
-            if not name:
-                return weight
-            places, leaf, param_map = self.slots[name]
-            tensor: Tensor = places[leaf]
-            return tensor if param_map is None else param_map.narrow(tensor)
-
-        return read
+    def _reader(self, weight: Tensor, values: Mapping[str, Tensor]) -> Read:
+        return lambda name: values[f"{self.path}.{name}"] if name else weight
 
 
 @contextlib.contextmanager
-def running_branches(running: Mapping[StudentBranches, bool], tensors: Mapping[str, Tensor]) -> Iterator[None]:
+def running_branches(
+    running: Mapping[StudentBranches, bool], tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]
+) -> Iterator[None]:
     """Let branches run wherever code applies their layer's weight, for the time of a call.
 
     Args:
         running: branches with norms, and whether they are in train mode.
         tensors: what the code finds as its parameters.
+        values: tensors of the branches, narrowed.
     """
     table = {id(tensors[branch.name]): (branch, training) for branch, training in running.items()}
-    with _Branches(table) if table else contextlib.nullcontext():
+    with _Branches(table, values) if table else contextlib.nullcontext():
         yield
 
 
 class _Branches(TorchFunctionMode):
     """Catches the convolutions and linear layers that apply one of some weights."""
 
-    def __init__(self, table: Mapping[int, tuple[StudentBranches, bool]]) -> None:
+    def __init__(self, table: Mapping[int, tuple[StudentBranches, bool]], values: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self.table = table
+        self.table, self.values = table, values
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator."""
@@ -205,5 +210,5 @@ class _Branches(TorchFunctionMode):
             given = {**dict(zip(("input", "weight", "bias"), args, strict=False)), **kwargs}
             branch, training = self.table.get(id(given["weight"]), (None, False))
             if branch is not None:
-                return branch.run(given["input"], given["weight"], given.get("bias"), training)
+                return branch.run(given["input"], given["weight"], given.get("bias"), self.values, training)
         return func(*args, **kwargs)

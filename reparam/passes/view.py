@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from reparam.errors import InputError
-from reparam.ops.params import ParamMap
 from reparam.passes.blocks import StudentBranches, running_branches
+from reparam.passes.narrowing import Gathering, Narrowing
 from reparam.passes.plan import STATISTICS
-from reparam.passes.skeleton import canonical_names, named_tensors, rebuild
+from reparam.passes.skeleton import rebuild
 from reparam.passes.teacher import Teacher, require_teacher
 
 
@@ -51,7 +51,7 @@ def extract(teacher: nn.Module) -> nn.Module:
     """
     owner = require_teacher(teacher)
     _warn_of_old_statistics(owner)
-    tensors = narrow_tensors(owner)
+    tensors = Narrowing(owner)()
     with torch.no_grad():
         student = rebuild(owner.skeleton, lambda name, _meta: tensors[name].detach().clone())
     modes = owner._views[0].modes() if owner._views else None
@@ -87,72 +87,6 @@ def _mode(teacher: Teacher, path: str) -> bool:
         return teacher.training
 
 
-@dataclass(frozen=True)
-class _Source:
-    """Where a tensor of the student comes from: a slot of a module of the teacher, and the map to narrow it by.
-
-    A recurrent module may move its weights into a block of memory of its own (for cuDNN): they must be no views.
-    """
-
-    names: tuple[str, ...]
-    slots: dict[str, Any]
-    slot: str
-    param_map: ParamMap | None
-    moves: bool = False
-
-
-class Narrowing:
-    """Computes every parameter and buffer of the student from the teacher's; differentiable.
-
-    The places are looked up once; the tensors are read at each call, so ``to()`` and optimizers work.
-    """
-
-    def __init__(self, teacher: Teacher) -> None:
-        names: dict[str, list[str]] = {}
-        for name, first in canonical_names(teacher.skeleton).items():
-            names.setdefault(first, []).append(name)
-        own = set(teacher.plan.statistics) if teacher.plan.own_statistics else set()
-        self.names = names
-        self.sources = [_source(teacher, first, tuple(same), own) for first, same in names.items()]
-        self.branches = [StudentBranches(teacher, branch) for branch in teacher.plan.branches]
-
-    def __call__(self, running: Collection[StudentBranches] = ()) -> dict[str, Tensor]:
-        """Return the tensors by name; tied names get the same tensor.
-
-        Branches are merged into the weights of their layers, but for those in ``running``.
-        """
-        result: dict[str, Tensor] = {}
-        for source in self.sources:
-            value = source.slots[source.slot]
-            if source.param_map is not None:
-                value = source.param_map.narrow(value)
-                # torch's CPU batch norm ignores the stride of its weight in the backward of an [N, C] input.
-                value = value.contiguous() if value.dim() == 1 else value
-                value = value.clone() if source.moves and value._is_view() else value
-            for name in source.names:
-                result[name] = value
-        for branch in self.branches:
-            if branch not in running:
-                branch.merge_into(result, self.names)
-        return result
-
-
-def narrow_tensors(teacher: Teacher) -> dict[str, Tensor]:
-    """Return every parameter and buffer of the student, computed from the teacher's; differentiable."""
-    return Narrowing(teacher)()
-
-
-def _source(teacher: Teacher, name: str, names: tuple[str, ...], own: set[str]) -> _Source:
-    path, _, leaf = name.rpartition(".")
-    if name in own:
-        holder = teacher.get_submodule(f"{STATISTICS}.{path}" if path else STATISTICS)
-        return _Source(names, holder._buffers, leaf, None)
-    holder = teacher.get_submodule(path)
-    slots: dict[str, Any] = holder._parameters if leaf in holder._parameters else holder._buffers
-    moves = isinstance(teacher.skeleton.get_submodule(path), nn.RNNBase)
-    return _Source(names, slots, leaf, teacher.plan.params.get(name), moves)
-
-
 class StudentView(nn.Module):
     """See :func:`student_view`.
 
@@ -166,6 +100,7 @@ class StudentView(nn.Module):
         self._owner = (teacher,)
         self._network = (teacher.skeleton,)
         self._narrow = Narrowing(teacher)
+        self._gathering: list[Gathering] = []
         for name, module in teacher.skeleton.named_modules():
             module.training = _mode(teacher, name)
         self.training = teacher.training
@@ -186,24 +121,45 @@ class StudentView(nn.Module):
         One step of gradient descent on the teacher's parameter moves the student's tensor by the divisor squared times
         the step of plain training (Adam: by the divisor). Parameters of branches are among them.
         """
-        scales = {id(s.slots[s.slot]): s.param_map.divisor for s in self._narrow.sources if s.param_map is not None}
-        for branch in self._narrow.branches:
-            slots = branch.slots.values()
-            scales |= {id(places[leaf]): one.divisor for places, leaf, one in slots if one is not None}
+        sources = self._narrow.sources.values()
+        scales = {id(source.tensor): source.param_map.divisor for source in sources if source.param_map is not None}
         return {name: scales.get(id(value), 1.0) for name, value in self.teacher.named_parameters()}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the student; inputs and outputs are those of the original model."""
         running = {b: self.network.get_submodule(b.module).training for b in self._narrow.branches if b.running}
-        tensors = self._narrow(running)
+        values, tensors = self._tensors(running)
         own = {name: tensors[name] for name in self.teacher.plan.statistics}
-        with running_branches(running, tensors):
+        with running_branches(running, tensors, values):
             result = functional_call(self.network, tensors, args, kwargs)
         for name, tensor in own.items():
             # A module that assigns a new statistic instead of updating the old one in place.
             if tensors[name] is not tensor:
                 tensor.copy_(tensors[name])
         return result
+
+    def _tensors(self, running: Collection[StudentBranches]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        if self._gathering:
+            return self._gathering[-1].tensors(running)
+        values = self._narrow.narrowed()
+        return values, self._narrow.merged(values, running)
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Narrow and merge once for all forward passes inside, and bring their gradients to the teacher at the end.
+
+        The parameters' ``grad`` is what it would be without this context, but it is complete only behind it, and
+        nothing of the teacher's size is written on the way. For ``loss.backward()`` inside, with parameters that do
+        not change there; ``torch.autograd.grad`` with respect to them, their hooks and DistributedDataParallel see
+        nothing of the student.
+        """
+        gathering = Gathering(self._narrow)
+        self._gathering.append(gathering)
+        try:
+            yield
+        finally:
+            self._gathering.remove(gathering)
+        gathering.pull_back()
 
     def train(self, mode: bool = True) -> StudentView:
         """Switch the student; the teacher keeps its mode."""
@@ -242,7 +198,7 @@ class StudentView(nn.Module):
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return the student's state_dict, detached."""
         keys = set(self.network.state_dict())
-        return {prefix + name: t.detach() for name, t in narrow_tensors(self.teacher).items() if name in keys}
+        return {prefix + name: t.detach() for name, t in self._narrow().items() if name in keys}
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse: the weights belong to the teacher."""
@@ -276,4 +232,4 @@ class StudentView(nn.Module):
         return f"student={type(self.network).__name__}"
 
 
-__all__ = ["StudentView", "extract", "named_tensors", "narrow_tensors", "student_view"]
+__all__ = ["StudentView", "extract", "student_view"]

@@ -2,7 +2,7 @@
 
 Source: Online Convolutional Re-parameterization (CVPR 2022), as GPD (ICLR 2025) uses it: no norms in the block, for
 convolutions with 3 taps and stride 1. ``pointwise="published"`` is the paper's 1x1 branch, ``"released"`` the
-second full kernel that GPD's released code has in its place.
+second full kernel that GPD's released code has in its place. ``orepa_small`` is a cheaper variant of the same branches.
 """
 
 from __future__ import annotations
@@ -11,10 +11,7 @@ from reparam.errors import InputError
 from reparam.ops.expressions import Expression, Sum
 from reparam.ops.recipes.conditions import three_taps
 from reparam.ops.recipes.registry import recipe
-from reparam.ops.recipes.site import Site, zeros_
-
-_SEPARABLE = 8
-"""Depthwise filters per input channel in the separable branch."""
+from reparam.ops.recipes.site import Site, linear_, zeros_
 
 
 def _fits(site: Site) -> str:
@@ -34,15 +31,37 @@ def orepa(site: Site, *, branches: int = 6, pointwise: str = "published") -> Exp
     published = pointwise == "published"
     point = site.point("point.weight", strided=True) if published else site.full("point.weight")
     entry = site.point("serial.residual", outputs=site.inputs, start=zeros_) + site.identity("serial.identity")
-    filters = _SEPARABLE * site.inputs
-    depthwise = site.full("separable.depthwise", outputs=filters, depthwise=True)
-    parts = [
+    parts = blocks(site, entry, site.inputs, point.scaled("point.scale", site.start(1.0 if published else 0.05)), 8)
+    return Sum(parts[:branches])
+
+
+@recipe("orepa_small", fits=_fits)
+def orepa_small(site: Site, *, bottleneck: int = 8, filters: int = 1) -> Expression:
+    """Return the six branches for a fraction of their weights and of the work of merging them.
+
+    ``orepa`` trains 30 C² weights per 3x3 layer of C channels and merges them with 9 C³ multiply-adds, nearly all of
+    both in two branches. Here the 1x1 in front of the KxK leads to ``C / bottleneck`` channels, and a channel has
+    ``filters`` depthwise filters instead of 8: 14.25 C² weights and 9/8 C³ multiply-adds, the layer's own 9 C² among
+    the former. Own variant of reparam; what it costs and how it learns stands in docs/benchmarks.md.
+    """
+    if bottleneck < 1 or filters < 1:
+        raise InputError(f"bottleneck and filters are at least 1, not {bottleneck} and {filters}")
+    inner = site.groups * max(1, site.inputs // site.groups // bottleneck)
+    entry = site.point("serial.point", outputs=inner, start=linear_)
+    point = site.point("point.weight", strided=True).scaled("point.scale", site.start(1.0))
+    return Sum(blocks(site, entry, inner, point, filters))
+
+
+def blocks(site: Site, entry: Expression, inner: int, point: Expression, filters: int) -> tuple[Expression, ...]:
+    """Return the six branches: ``entry`` to ``inner`` channels leads to the fourth, ``point`` is the fifth."""
+    depthwise = site.full("separable.depthwise", outputs=filters * site.inputs, depthwise=True)
+    separable = depthwise >> site.point("separable.point", inputs=filters * site.inputs)
+    return (
         site.origin(scale=0.25),
         (site.point("average.point") >> site.average("average.window")).scaled("average.scale", site.start(0.25)),
         # From scratch the prior starts at 0 as well.
         (site.point("frequency.point") >> site.frequency("frequency.prior")).scaled("frequency.scale", 0.0),
-        (entry >> site.full("serial.weight")).scaled("serial.scale", site.start(0.5)),
-        point.scaled("point.scale", site.start(1.0 if published else 0.05)),
-        (depthwise >> site.point("separable.point", inputs=filters)).scaled("separable.scale", site.start(0.5)),
-    ]
-    return Sum(tuple(parts[:branches]))
+        (entry >> site.full("serial.weight", inputs=inner)).scaled("serial.scale", site.start(0.5)),
+        point,
+        separable.scaled("separable.scale", site.start(0.5)),
+    )
