@@ -145,9 +145,14 @@ def outcomes() -> Iterator[list[str]]:
         assert found.count(outcome) >= share * len(found), {o: found.count(o) for o in set(found)}
 
 
+def _passes(*_: object) -> None:
+    """A check that finds nothing."""
+
+
 def wrong_without_the_law(a: Kernel, b: Kernel) -> bool:
     """Whether there is no kernel without the law of padding, or one that differs for any size of the input."""
-    with mock.patch.object(algebra, "_check_padding"), mock.patch.object(algebra, "_check_crop"):
+    lawless = {"_check_padding": _passes, "_check_crop": _passes}  # mock's own objects cost more than the rest
+    with mock.patch.multiple(algebra, **lawless):
         try:
             merged = then(a, b)
         except KernelError:

@@ -154,10 +154,10 @@ def _checkpoints() -> list[Patch]:
 
 def _same_paddings(record: Record) -> list[Patch]:
     """Make timm's padding to the resolution one node: it alone branches on sizes, not the layer around it."""
-    name, home = "pad_same", sys.modules.get("timm.layers.padding")
-    plain = getattr(home, name, None)
-    holders = [m for n, m in list(sys.modules.items()) if n.startswith("timm.") and vars(m).get(name) is plain]
-    return [(holder, name, _symbolic(record, plain)) for holder in holders] if plain else []
+    home = sys.modules.get("timm.layers.padding")
+    found = getattr(home, "pad_same", None)
+    plain = getattr(found, "reparam_plain", found)  # while a leaf is recorded inside another recording
+    return everywhere("pad_same", plain, _symbolic(record, plain)) if plain else []
 
 
 def _symbolic(record: Record, plain: Any) -> Any:

@@ -52,7 +52,9 @@ def everywhere(name: str, plain: Any, new: Any) -> list[Patch]:
 @functools.cache
 def _homes(name: str, plain: Any, _modules: int) -> list[Any]:
     """Search all modules; again where more have been imported."""
-    return [home for home in list(sys.modules.values()) if getattr(home, "__dict__", {}).get(name) is plain]
+    found = [(home, getattr(home, "__dict__", {}).get(name)) for home in list(sys.modules.values())]
+    # A recording inside another one finds what that one put there.
+    return [home for home, value in found if value is not None and getattr(value, "reparam_plain", value) is plain]
 
 
 def torch_modules(record: Record) -> list[Patch]:
