@@ -31,6 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     kinds = parser.add_subparsers(title="measurements", metavar="WHAT", required=True)
     _step(kinds)
+    _surgery(kinds)
+    _fold(kinds)
 
 
 def _add(kinds: Any, name: str, description: str) -> argparse.ArgumentParser:
@@ -64,7 +66,16 @@ def check_counts(options: argparse.Namespace) -> None:
     Raises:
         InputError: names the option, its value and what it could be.
     """
-    for name, lowest in {"runs": 1, "batch": 2, "size": 1, "classes": 2, "ratio": 1, "calls": 1, "threads": 1}.items():
+    smallest_batch = 1 if options.what == "fold" else 2  # train mode needs two values for each norm
+    for name, lowest in {
+        "runs": 1,
+        "batch": smallest_batch,
+        "size": 1,
+        "classes": 2,
+        "ratio": 1,
+        "calls": 1,
+        "threads": 1,
+    }.items():
         value = getattr(options, name, None)
         if value is not None and value < lowest:
             raise InputError(f"--{name} must be at least {lowest}, got {value}")
@@ -80,6 +91,8 @@ def _step(kinds: Any) -> None:
     add("--teacher", metavar="MODEL", help="a static teacher beside them, with random weights")
     add("--method", default="kd", metavar="NAME", help="with --teacher: the loss against it (default kd)")
     add("--wide-model", metavar="MODEL", help="a row for a network that is as wide as the teacher by its own code")
+    add("--side-by-side", action="store_true",
+        help="two more rows for each recipe, without a wider teacher: merged in each step, and every branch run")  # fmt: skip
     add("--batch", type=int, default=32, metavar="N", help="images (default 32)")
     add("--size", type=int, default=112, metavar="N", help="their height and width (default 112)")
     add("--channels", type=int, default=3, metavar="N", help="their channels (default 3)")
@@ -93,3 +106,23 @@ def _step(kinds: Any) -> None:
     add("--calls", type=int, metavar="N", help="steps in a row that make one measurement (default: 1, on CUDA 3)")
     add("--no-parts", action="store_true", help="whole steps only, not their parts")
     _finish(parser, "step")
+
+
+def _surgery(kinds: Any) -> None:
+    parser = _add(kinds, "surgery", "plan, expand, extract and fold beside a deepcopy and a trace, and how they grow")
+    add = parser.add_argument
+    add("models", nargs="*", metavar="MODEL",
+        help=f"{MODEL_HELP} (default: resnet18 resnet50 vit_small_patch16_224)")  # fmt: skip
+    add("--size", type=int, metavar="N", help="height and width of images (default: what the model asks for)")
+    add("--batch", type=int, default=32, metavar="N", help="images for the student's view (default 32)")
+    add("--large", default="regnety_2560", metavar="MODEL", help="planned on the meta device (default regnety_2560)")
+    add("--only", action="append", choices=("models", "growth", "import", "large"), help="a part of it; repeatable")
+    _finish(parser, "surgery")
+
+
+def _fold(kinds: Any) -> None:
+    parser = _add(kinds, "fold", "folding: norms left, errors and inference time, beside timm's own and torch.fx's")
+    add = parser.add_argument
+    add("models", nargs="*", metavar="MODEL", help="timm names (default: 24 networks)")
+    add("--batch", type=int, default=1, metavar="N", help="images (default 1)")
+    _finish(parser, "fold")

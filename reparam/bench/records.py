@@ -69,7 +69,10 @@ def command(options: argparse.Namespace) -> str:
     words = ["reparam", "bench", options.what]
     for name, default in options.defaults.items():
         value = getattr(options, name)
-        if value == default or name in ("folder", "run", "what", "defaults"):
+        if value == default or value == [] or name in ("folder", "run", "what", "defaults"):
+            continue
+        if name == "models":
+            words += [public(item) for item in value]
             continue
         flag = "--" + name.replace("_", "-")
         if value is True:

@@ -16,7 +16,17 @@ import torch
 
 from reparam.bench import costs, records
 from reparam.bench.parts import gpd_parts, plain_parts
-from reparam.bench.subjects import EngineStep, PlainStep, Setting, device_of, plain_wide, setting, static_teacher
+from reparam.bench.subjects import (
+    EngineStep,
+    PlainStep,
+    Setting,
+    device_of,
+    difference,
+    plain_wide,
+    setting,
+    static_teacher,
+    with_branches,
+)
 from reparam.bench.timing import Job, Measured, interleaved, ratio, spread
 from reparam.distill.distributed import Group
 from reparam.distill.engine import precision
@@ -27,6 +37,8 @@ from reparam.passes.teacher import require_teacher
 
 STUDENT, WIDE, IDEAL, GPD, NATIVE = "plain student", "plain wide", "ideal", "GPD", "native wide"
 """Names of the rows; GPD with branches is ``GPD + RECIPE``."""
+
+MERGED, APART = "merged", "every branch run"
 
 
 @dataclass
@@ -92,6 +104,8 @@ def _check(options: argparse.Namespace, device: torch.device) -> None:
         raise InputError("--cuda-graph: fp16 asks after each step whether the loss scale fits, which no graph can hold")
     if options.precision == "tf32" and device.type != "cuda":
         raise InputError("--precision tf32 is a mode of CUDA GPUs; use fp32 on the CPU")
+    if options.side_by_side and not options.branches:
+        raise InputError("--side-by-side compares ways to run branches; name a recipe with --branches")
     if options.teacher is None and options.method != "kd":
         raise InputError(f"--method {options.method} is a loss against a static teacher; name one with --teacher")
 
@@ -121,6 +135,8 @@ def prepare(where: Setting, options: argparse.Namespace, recipes: list[str]) -> 
     bench.parts = {STUDENT: plain_parts(student), WIDE: plain_parts(wide)}
     for recipe in [None, *recipes]:
         _add_gpd(bench, options, recipe, [] if static is None else [static])
+    for recipe in recipes if options.side_by_side else ():
+        _add_side_by_side(bench, options.model, recipe)
     if options.wide_model:
         native = PlainStep(where.build(options.wide_model, "--wide-model"), where)
         bench.steps[NATIVE], bench.sizes[NATIVE] = native.job(), native.sizes
@@ -139,6 +155,16 @@ def _add_gpd(bench: Bench, options: argparse.Namespace, recipe: str | None, stat
         "layers_with_branches": len(branches),
         "multiply_adds_of_merging": sum(branch.merge_multiply_adds for branch in branches),
     }
+
+
+def _add_side_by_side(bench: Bench, model: str, recipe: str) -> None:
+    where = bench.where
+    merged, apart = with_branches(where, where.build(model), recipe)
+    off = difference(merged, apart, where.batch.images)
+    for kind, network in ((MERGED, merged), (APART, apart)):
+        name, step = f"{STUDENT} + {recipe}, {kind}", PlainStep(network, where)
+        bench.steps[name], bench.sizes[name] = step.job(), step.sizes
+        bench.facts[name] = {"relative_difference_of_outputs": off}
 
 
 def _sum(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -248,6 +249,30 @@ def plain_wide(where: Setting, student: nn.Module) -> nn.Module:
     example = where.batch.images[:2]
     wide = reparam.expand(student, where.config.ratio, example_input=example, noise=0, verify=False)
     return wide.train()
+
+
+def with_branches(where: Setting, student: nn.Module, recipe: str) -> tuple[nn.Module, nn.Module]:
+    """Return the student with branches, merged to one kernel in each step, and a copy that runs them all.
+
+    At ratio 1, without a second network: what branches cost, and what merging them saves.
+    """
+    for parameter in student.parameters():
+        if parameter.dim() == 1 and not parameter.any():
+            nn.init.uniform_(parameter, 0.5, 1.5)  # residual branches that start at 0 would hide a difference
+    example = where.batch.images[:2]
+    owner = reparam.expand(student, 1, branches=recipe, init="scratch", example_input=example, verify=False)
+    apart = copy.deepcopy(owner)
+    running = reparam.student_view(apart)
+    for branch in running._narrow.branches:
+        branch.running = True
+    return reparam.student_view(owner).train(), running.train()
+
+
+def difference(one: nn.Module, other: nn.Module, images: Tensor) -> float:
+    """Return the largest difference of two networks' outputs, relative to the largest output."""
+    with torch.no_grad():
+        first, second = one(images), other(images)
+    return float(f"{(first - second).abs().max() / first.abs().max():.3g}")
 
 
 def static_teacher(where: Setting, spec: str) -> StaticTeacher:
