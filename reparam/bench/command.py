@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _step(kinds)
     _surgery(kinds)
     _fold(kinds)
+    _scale(kinds)
 
 
 def _add(kinds: Any, name: str, description: str) -> argparse.ArgumentParser:
@@ -84,24 +85,14 @@ def check_counts(options: argparse.Namespace) -> None:
 def _step(kinds: Any) -> None:
     parser = _add(kinds, "step", "a training step of GPD against the ideal: a plain student step and a plain wide step")
     add = parser.add_argument
-    add("--model", default="resnet18", metavar="MODEL", help=f"the student: {MODEL_HELP} (default resnet18)")
-    add("--ratio", type=int, default=2, metavar="R", help="replicas of every channel (default 2)")
+    _add_work(parser, "resnet18")
     add("--branches", action="append", metavar="RECIPE",
         help="a row for GPD with these branches; repeat it, or write orepa,dbb")  # fmt: skip
     add("--teacher", metavar="MODEL", help="a static teacher beside them, with random weights")
     add("--method", default="kd", metavar="NAME", help="with --teacher: the loss against it (default kd)")
     add("--wide-model", metavar="MODEL", help="a row for a network that is as wide as the teacher by its own code")
     add("--side-by-side", action="store_true",
-        help="two more rows for each recipe, without a wider teacher: merged in each step, and every branch run")  # fmt: skip
-    add("--batch", type=int, default=32, metavar="N", help="images (default 32)")
-    add("--size", type=int, default=112, metavar="N", help="their height and width (default 112)")
-    add("--channels", type=int, default=3, metavar="N", help="their channels (default 3)")
-    add("--classes", type=int, default=1000, metavar="N", help="of the classifier (default 1000)")
-    add("--precision", choices=PRECISIONS, default="fp32", help="bf16 and fp16 are automatic mixed precision")
-    add("--optimizer", choices=("sgd", "adamw"), default="sgd", help="of all networks (default sgd, momentum 0.9)")
-    add("--clip-grad", type=float, default=5.0, metavar="X", help="clipping in all steps, as in training (default 5)")
-    add("--compile", action="store_true", help="all networks through torch.compile")
-    add("--channels-last", action="store_true", help="memory format of images and convolutions")
+        help="more rows for each recipe, without a wider teacher: merged, and every branch run")  # fmt: skip
     add("--cuda-graph", action="store_true", help="record each job as a CUDA graph and replay it")
     add("--calls", type=int, metavar="N", help="steps in a row that make one measurement (default: 1, on CUDA 3)")
     add("--no-parts", action="store_true", help="whole steps only, not their parts")
@@ -126,3 +117,28 @@ def _fold(kinds: Any) -> None:
     add("models", nargs="*", metavar="MODEL", help="timm names (default: 24 networks)")
     add("--batch", type=int, default=1, metavar="N", help="images (default 1)")
     _finish(parser, "fold")
+
+
+def _scale(kinds: Any) -> None:
+    parser = _add(kinds, "scale", "training steps in one and several processes: speed and bytes, GPD and baseline")
+    add = parser.add_argument
+    add("--processes", default="1,2", metavar="N,N,...", help="how many (default 1,2); one is always measured")
+    _add_work(parser, "resnet18")
+    add("--branches", metavar="RECIPE", help="branches of GPD (default: none)")
+    _finish(parser, "scale")
+
+
+def _add_work(parser: argparse.ArgumentParser, model: str) -> None:
+    """Add the options that say what a step works on."""
+    add = parser.add_argument
+    add("--model", default=model, metavar="MODEL", help=f"the student: {MODEL_HELP} (default {model})")
+    add("--ratio", type=int, default=2, metavar="R", help="replicas of every channel (default 2)")
+    add("--batch", type=int, default=32, metavar="N", help="images of a process (default 32)")
+    add("--size", type=int, default=112, metavar="N", help="their height and width (default 112)")
+    add("--channels", type=int, default=3, metavar="N", help="their channels (default 3)")
+    add("--classes", type=int, default=1000, metavar="N", help="of the classifier (default 1000)")
+    add("--precision", choices=PRECISIONS, default="fp32", help="bf16 and fp16 are automatic mixed precision")
+    add("--optimizer", choices=("sgd", "adamw"), default="sgd", help="of all networks (default sgd, momentum 0.9)")
+    add("--clip-grad", type=float, default=5.0, metavar="X", help="clipping in all steps, as in training (default 5)")
+    add("--compile", action="store_true", help="all networks through torch.compile")
+    add("--channels-last", action="store_true", help="memory format of images and convolutions")

@@ -18,6 +18,9 @@ HOW_BYTES_ARE_COUNTED = (
 )
 """Stands in the JSON beside the counts."""
 
+_SMALL, _LARGE = (1024, 2**24), (8192, 2**28)
+"""Side of the matrices and values of the copy: larger than the caches, and no more than that on a CPU."""
+
 _DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -60,10 +63,9 @@ def limits(device: torch.device, precision: str) -> dict[str, Any]:
 
     The best of several runs counts: these are ceilings. TF32 has to be switched already.
     """
-    large = device.type == "cuda"
-    side = 8192 if large else 1536
+    side, count = _LARGE if device.type == "cuda" else _SMALL
     left, right = (torch.randn(side, side, device=device).to(_DTYPES[precision]) for _ in range(2))
-    source = torch.empty(2**28 if large else 2**24, device=device)
+    source = torch.empty(count, device=device)
     target = torch.empty_like(source)
     product = _fastest(lambda: torch.mm(left, right), device)
     copy = _fastest(lambda: target.copy_(source), device)

@@ -89,8 +89,8 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-def setting(options: argparse.Namespace, group: Group, share: int = 1) -> Setting:
-    """Return what the options of ``step`` and ``scale`` describe; ``share`` processes part the batch."""
+def setting(options: argparse.Namespace, group: Group) -> Setting:
+    """Return what the options of ``step`` and ``scale`` describe; each process has a batch of its own."""
     config = TrainConfig(
         model=options.model,
         ratio=options.ratio,
@@ -107,7 +107,7 @@ def setting(options: argparse.Namespace, group: Group, share: int = 1) -> Settin
     ).resolved()
     generator = torch.Generator().manual_seed(group.rank)
     shape = (options.channels, options.size, options.size)
-    count = options.batch // share
+    count = options.batch
     images = torch.randn(count, *shape, generator=generator).to(group.device)
     images = images.contiguous(memory_format=torch.channels_last) if options.channels_last else images
     labels = torch.randint(options.classes, (count,), generator=generator).to(group.device)
