@@ -20,6 +20,12 @@ import record
 DOCS = Path(__file__).parents[1] / "docs"
 START, END = "<!-- begin: written by benchmarks/results_page.py -->", "<!-- end -->"
 
+PICTURES = {
+    "bench-step.png": "Time of a GPD step over the ideal, for each result",
+    "bench-growth.png": "Time of plan and expand over the number of parameters",
+}
+"""Plots of docs/benchmarks.md, and what a reader who cannot see them is told."""
+
 Section = Callable[[dict[str, Any]], str]
 
 NOW = {
@@ -55,7 +61,14 @@ def page(name: str, text: str) -> str:
     """Return a page with its generated part brought up to date."""
     head, _, rest = text.partition(START)
     _, _, tail = rest.partition(END)
-    return f"{head}{START}\n\n{body(PAGES[name])}\n{END}{tail}"
+    return f"{head}{START}\n\n{_pictures(name)}{body(PAGES[name])}\n{END}{tail}"
+
+
+def _pictures(name: str) -> str:
+    """Return the plots that a page has, where they were drawn."""
+    shown = PICTURES if name == "benchmarks.md" else {}
+    lines = [f"![{words}](pictures/{file})\n\n" for file, words in shown.items() if (DOCS / "pictures" / file).exists()]
+    return "".join(lines)
 
 
 def body(sections: Mapping[str, Section]) -> str:
