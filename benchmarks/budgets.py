@@ -52,6 +52,8 @@ def over(data: dict[str, Any]) -> list[str]:
 
 def _step(data: dict[str, Any]) -> Iterator[Entry]:
     on_cuda = data["device_type"] == "cuda"
+    if on_cuda and (data["model"], data["batch"], data["size"]) == ("cifar_resnet8x4", 128, 32):
+        yield Entry("epoch of CIFAR-100 with GPD (s)", 50_000 / data["steps"]["GPD"]["images_per_second"], 8)
     of_cpu = (data["model"], data["batch"], data["size"], data["threads"]) == ("resnet18", 32, 112, 2)
     of_gpu = data["model"] in CUDA_MODELS and (data["batch"], data["size"]) == (256, 224)
     if data["ratio"] != 2 or data["teacher"] or not (of_gpu if on_cuda else of_cpu):

@@ -158,6 +158,14 @@ def test_a_step_of_other_work_has_no_budget(budgets, changes):
     assert budgets.checked(data) == []
 
 
+def test_an_epoch_has_a_budget(budgets):
+    data = step("cuda", model="cifar_resnet8x4", batch=128, size=32)
+    data["steps"]["GPD"]["images_per_second"] = 6250.0
+    assert budgets.over(data) == [] and len(budgets.checked(data)) == 1
+    data["steps"]["GPD"]["images_per_second"] = 6000.0
+    assert budgets.over(data) == ["epoch of CIFAR-100 with GPD (s): 8.333, allowed 8"]
+
+
 def surgery():
     view = {"batch": 32, **{mode: {"view_over_plain": {"median": 1.03}} for mode in ("eval", "train")}}
     seconds = {"expand": {"median": 2.0}, "extract": {"median": 0.2}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,11 +29,11 @@ def gpd_parts(step: EngineStep) -> dict[str, Job]:
         "teacher: forward and backward": lambda: step.learn("teacher"),
         "clipping and optimizer": step.update,
         "student view: forward and backward": lambda: step.learn("student"),
-        "narrowing": _both_ways(teacher, lambda: narrowed(teacher, merging=False)),
+        "narrowing": _both_ways(step, lambda: narrowed(teacher, merging=False)),
     }
     if teacher.plan.branches:
-        jobs["narrowing and merging of the student"] = _both_ways(teacher, lambda: narrowed(teacher, merging=True))
-        jobs["merging of the teacher"] = _both_ways(teacher, lambda: merged(teacher))
+        jobs["narrowing and merging of the student"] = _both_ways(step, lambda: narrowed(teacher, merging=True))
+        jobs["merging of the teacher"] = _both_ways(step, lambda: merged(teacher))
     for static in engine.statics:
         jobs["static teacher: forward"] = lambda static=static: _answer(step, static)  # type: ignore[misc]
     return {name: Job(run, tensors) for name, run in jobs.items()}
@@ -40,10 +41,13 @@ def gpd_parts(step: EngineStep) -> dict[str, Job]:
 
 def narrowed(teacher: nn.Module, *, merging: bool) -> list[Tensor]:
     """Return the student's tensors that are computed from a teacher's parameters, with or without its branches."""
-    narrow = reparam.student_view(teacher)._narrow
-    found = narrow(() if merging else narrow.branches).values()
+    view = reparam.student_view(teacher)
+    apart: Any = () if merging else view._narrow.branches
+    gathered: Any = getattr(view, "_tensors", None)  # made once per step, where the view can do so
+    found = view._narrow(apart) if gathered is None else gathered(apart)[1]
+    own = {id(parameter) for parameter in teacher.parameters()}
     # Each once: tied weights have several names.
-    computed = {id(value): value for value in found if value.requires_grad and value.grad_fn is not None}
+    computed = {id(value): value for value in found.values() if value.requires_grad and id(value) not in own}
     return list(computed.values())
 
 
@@ -57,16 +61,17 @@ def merged(teacher: Teacher) -> list[Tensor]:
     return result
 
 
-def _both_ways(teacher: nn.Module, compute: Callable[[], Sequence[Tensor]]) -> Callable[[], None]:
+def _both_ways(step: EngineStep, compute: Callable[[], Sequence[Tensor]]) -> Callable[[], None]:
     """Return what computes tensors from parameters, and the gradients of the parameters from those of the tensors."""
-    given = [torch.ones_like(value, memory_format=torch.preserve_format) for value in compute()]
+    with step.gathered():
+        given = [torch.ones_like(value, memory_format=torch.preserve_format) for value in compute()]
 
     def run() -> None:
-        for parameter in teacher.parameters():
-            parameter.grad = None
-        values = compute()
-        if values:
-            torch.autograd.backward(values, given)
+        step.engine.optimizer.zero_grad(set_to_none=True)
+        with step.gathered():
+            values = compute()
+            if values:
+                torch.autograd.backward(values, given)
 
     return run
 

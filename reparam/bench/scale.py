@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import GradBucket  # type: ignore[attr-defined]
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from reparam.bench import records
@@ -180,11 +181,11 @@ def _counted(step: EngineStep) -> list[int]:
     network = step.engine._distributed
     if isinstance(network, nn.parallel.DistributedDataParallel):
 
-        def hook(state: list[int], bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        def hook(state: list[int], bucket: GradBucket) -> torch.futures.Future[Tensor]:
             state.append(bucket.buffer().nbytes)
             return allreduce_hook(dist.group.WORLD, bucket)  # type: ignore[arg-type]
 
         # Its source is read for its types, and postponed annotations are strings there.
-        hook.__annotations__ = {"bucket": dist.GradBucket, "return": torch.futures.Future[torch.Tensor]}
+        hook.__annotations__ = {"bucket": GradBucket, "return": torch.futures.Future[torch.Tensor]}
         network.register_comm_hook(sizes, hook)
     return sizes

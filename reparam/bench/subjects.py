@@ -206,10 +206,16 @@ class EngineStep:
     def learn(self, name: str) -> None:
         """Forward and backward of one learner alone, against the labels."""
         self.engine.optimizer.zero_grad(set_to_none=True)
-        with self.engine.autocast():
-            logits = self.engine.learners(name, self.where.batch.images).logits
-            loss = F.cross_entropy(logits, self.where.batch.labels)
-        self.engine.scaler.scale(loss).backward()
+        with self.gathered():
+            with self.engine.autocast():
+                logits = self.engine.learners(name, self.where.batch.images).logits
+                loss = F.cross_entropy(logits, self.where.batch.labels)
+            self.engine.scaler.scale(loss).backward()
+
+    def gathered(self) -> AbstractContextManager[Any]:
+        """The context in which the engine runs the passes of one step, if it has one."""
+        context: AbstractContextManager[Any] = getattr(self.engine, "_gathered", nullcontext)()
+        return context
 
     def update(self) -> None:
         """Clip and let the optimizer step on the gradients that are there."""
