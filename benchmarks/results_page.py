@@ -1,7 +1,7 @@
-"""Write the figures of docs/results.md from the JSON under benchmarks/results/.
+"""Write the figures of docs/results.md and docs/benchmarks.md from the JSON under benchmarks/results/, and the plots.
 
-python benchmarks/results_page.py           # rewrite the page
-python benchmarks/results_page.py --check   # exit status 1 where the page is not what the JSON says
+python benchmarks/results_page.py           # rewrite the pages and draw the plots
+python benchmarks/results_page.py --check   # exit status 1 where a page is not what the JSON says
 """
 
 from __future__ import annotations
@@ -9,51 +9,85 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import bench_plots
+import bench_sections
 import record
 
-PAGE = Path(__file__).parents[1] / "docs" / "results.md"
+DOCS = Path(__file__).parents[1] / "docs"
 START, END = "<!-- begin: written by benchmarks/results_page.py -->", "<!-- end -->"
+
+PICTURES = {
+    "bench-step.png": "Time of a GPD step over the ideal, for each result",
+    "bench-growth.png": "Time of plan and expand over the number of parameters",
+}
+"""Plots of docs/benchmarks.md, and what a reader who cannot see them is told."""
+
+Section = Callable[[dict[str, Any]], str]
+
+NOW = {
+    "benchmarks/surgery.py": "surgery",
+    "benchmarks/fold.py": "fold",
+    "benchmarks/branches.py": "step --side-by-side",
+}
+"""Scripts of earlier results, and what takes their place."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
-    old = PAGE.read_text()
-    new = page(old)
-    if arguments.check:
-        return int(new != old)
-    PAGE.write_text(new)
-    return 0
+    stale = False
+    if not arguments.check:
+        bench_plots.draw(committed(), DOCS / "pictures")
+    for name in PAGES:
+        old = (DOCS / name).read_text()
+        new = page(name, old)
+        stale = stale or new != old
+        if not arguments.check:
+            (DOCS / name).write_text(new)
+    return int(stale and arguments.check)
 
 
-def page(text: str) -> str:
-    """Return the page with its generated part brought up to date."""
+def committed() -> dict[str, dict[str, Any]]:
+    """Return all results by the name of their file."""
+    return {path.name: json.loads(path.read_text()) for path in sorted(record.RESULTS.glob("*.json"))}
+
+
+def page(name: str, text: str) -> str:
+    """Return a page with its generated part brought up to date."""
     head, _, rest = text.partition(START)
     _, _, tail = rest.partition(END)
-    return f"{head}{START}\n\n{body()}\n{END}{tail}"
+    return f"{head}{START}\n\n{_pictures(name)}{body(PAGES[name])}\n{END}{tail}"
 
 
-def body() -> str:
-    """Return the generated part."""
+def _pictures(name: str) -> str:
+    """Return the plots that a page has, where they were drawn."""
+    shown = PICTURES if name == "benchmarks.md" else {}
+    lines = [f"![{words}](pictures/{file})\n\n" for file, words in shown.items() if (DOCS / "pictures" / file).exists()]
+    return "".join(lines)
+
+
+def body(sections: Mapping[str, Section]) -> str:
+    """Return the generated part of a page."""
     parts = []
-    for path in sorted(record.RESULTS.glob("*.json")):
-        kind = next((k for k in SECTIONS if path.name.startswith(k)), None)
+    for name, data in committed().items():
+        kind = next((k for k in sections if name.startswith(k)), None)
         if kind is not None:
-            data = json.loads(path.read_text())
-            parts.append(SECTIONS[kind](data) + "\n" + _origin(path.name, data))
+            parts.append(sections[kind](data) + "\n" + _origin(name, data))
     return "\n".join(parts)
 
 
 def _origin(name: str, data: dict[str, Any]) -> str:
     torch = data["versions"]["torch"]
+    script = next((script for script in NOW if script in data["command"]), None)
+    now = f" (today: `reparam bench {NOW[script]}`)" if script else ""
     return (
-        f"`{data['command']}` at commit `{data['commit'][:10]}`, torch {torch}, {data['device']}, {data['date']}; "
-        f"output: `benchmarks/results/{name}`.\n"
+        f"`{data['command']}`{now} at commit `{data['commit'][:10]}`, torch {torch}, {data['device']}, "
+        f"{data['date']}; output: `benchmarks/results/{name}`.\n"
     )
 
 
@@ -135,25 +169,6 @@ def _fold(data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _surgery(data: dict[str, Any]) -> str:
-    lines = [
-        f"### Surgery: {data['model']} at {data['input'][-1]} px, {data['threads']} threads\n",
-        "| step | median (s) | min | max | relative to the yardstick |",
-        "|---|---|---|---|---|",
-    ]
-    yard = next(times["median"] for name, times in data["seconds"].items() if name.startswith("yardstick"))
-    for name, times in data["seconds"].items():
-        ratio = f"{times['median'] / yard:.2f}"
-        lines.append(f"| {name} | {times['median']:.2f} | {times['min']:.2f} | {times['max']:.2f} | {ratio} |")
-    large = data["large"]
-    lines.append(
-        f"\n`plan` of {large['model']} ({large['parameters'] / 1e9:.2f}e9 parameters, meta device): "
-        f"{large['plan_seconds']:.1f} s, peak memory of the process {large['peak_memory_mib']:.0f} MiB, of which "
-        f"{large['peak_memory_growth_mib']:.0f} MiB for planning.\n"
-    )
-    return "\n".join(lines)
-
-
 def _networks(data: dict[str, Any]) -> str:
     return (
         "### Random networks\n\n"
@@ -162,39 +177,21 @@ def _networks(data: dict[str, Any]) -> str:
     )
 
 
-def _branches(data: dict[str, Any]) -> str:
-    words = {
-        "plain": "plain",
-        "merged": f"{data['recipe']}, merged to one kernel per layer",
-        "run": "the same, every branch run as convolutions",
-    }
-    lines = [
-        f"### Branches: training step of {data['model']}, batch {data['batch']}, {data['size']} px\n",
-        "| network | parameters | median (s) | min | max | relative to plain |",
-        "|---|---|---|---|---|---|",
-    ]
-    plain = data["seconds_per_training_step"]["plain"]["median"]
-    for name, times in data["seconds_per_training_step"].items():
-        count = f"{data['parameters'][name] / 1e6:.2f}M"
-        cells = (words[name], count, *(f"{times[k]:.2f}" for k in ("median", "min", "max")))
-        lines.append(f"| {' | '.join(cells)} | {times['median'] / plain:.2f} |")
-    forward, merge = data["multiply_adds"].values()
-    lines.append(
-        f"\n{data['layers_with_branches']} layers have branches. Forward pass of the batch {forward / 1e9:.1f} G "
-        f"multiply-adds, merging {merge / 1e9:.1f} G. Running the branches takes "
-        f"{data['run_over_merged']:.2f} times as long as merging them.\n"
-    )
-    return "\n".join(lines)
-
-
-SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "branches": _branches,
-    "compare_training": _training,
-    "evidence": _evidence,
-    "fold": _fold,
-    "random_networks": _networks,
-    "surgery": _surgery,
+PAGES: dict[str, dict[str, Section]] = {
+    "results.md": {
+        "compare_training": _training,
+        "evidence": _evidence,
+        "fold": _fold,
+        "random_networks": _networks,
+    },
+    "benchmarks.md": {
+        "step": bench_sections.step,
+        "surgery": bench_sections.surgery,
+        "scale": bench_sections.scale,
+        "branches": bench_sections.branches,
+    },
 }
+"""Pages, and what writes the results on them, by how the name of a file begins."""
 
 
 if __name__ == "__main__":

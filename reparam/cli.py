@@ -1,4 +1,4 @@
-"""The command line: ``reparam plan | expand | extract | check | fold | export | train | evaluate | coverage``.
+"""The command line: ``reparam plan | expand | extract | check | fold | export | train | evaluate | ...``.
 
 Each command is a thin shell around one public function. Errors that reparam raises itself are printed as
 ``error: ...`` with exit code 2; a check that fails exits with 1. torch and timm are imported by the command that
@@ -96,6 +96,8 @@ def build_parser(*, train_options: bool = True) -> argparse.ArgumentParser:
     _add_evaluate(commands.add_parser("evaluate", help="measure the networks of a training run again, with parity"))
     coverage = commands.add_parser("coverage", help="plan, expand, verify and extract a list of models, and report")
     importlib.import_module("reparam.coverage.command").add_arguments(coverage)
+    bench = commands.add_parser("bench", help="measure steps of training, surgery and folding, and write JSON")
+    importlib.import_module("reparam.bench.command").add_arguments(bench)
     return parser
 
 

@@ -27,9 +27,10 @@ ROOMS = {
     "passes": {"errors", "ops"},
     "distill": {"errors", "ops", "passes", "models", "provenance", ""},
     "coverage": {"errors", "passes", "models", "distill", "provenance", ""},
+    "bench": {"errors", "ops", "passes", "models", "distill", "provenance", "arguments", ""},
     "arguments": {"errors", "models", "distill"},
     "deploy": {"errors", "passes", "models", "arguments"},
-    "cli": {"errors", "ops", "passes", "models", "distill", "coverage", "arguments", "deploy", ""},
+    "cli": {"errors", "ops", "passes", "models", "distill", "coverage", "bench", "arguments", "deploy", ""},
     "provenance": {""},
     "": {"errors", "ops", "passes", "deploy"},
 }

@@ -712,7 +712,8 @@ def test_rows_of_a_linear_layer() -> None:
 def test_wrong_options() -> None:
     site = site_of()
     for text in ("orepa:branches=0", "orepa:branches=7", "orepa:pointwise=x", "orepa_small:bottleneck=0",
-                 "orepa_small:filters=0", "mobileone:branches=0", "expandnet:rate=0", "expandnet:variant=x"):  # fmt: skip
+                 "orepa_small:filters=0", "mobileone:branches=0", "expandnet:rate=0",
+                 "expandnet:variant=x"):  # fmt: skip
         with pytest.raises(InputError, match=r"branch|rate|pointwise|bottleneck"):
             recipes.get(text).expression(site)
     with pytest.raises(Unfit, match="from 5 on"):

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import reparam.distill.models  # noqa: F401  (registers the networks with timm)
 from reparam.distill import report
@@ -22,9 +22,9 @@ from reparam.distill.files import RunFolder, open_run_folder
 from reparam.distill.finish import sizes
 from reparam.distill.loaders import Loader, Shard, make_loader, seed_everything
 from reparam.distill.meter import Meter
-from reparam.distill.networks import make_learners, make_networks
+from reparam.distill.networks import Networks, make_learners, make_networks
 from reparam.distill.optim import make_optimizer, make_scheduler
-from reparam.distill.statics import load_static_teachers
+from reparam.distill.statics import StaticTeacher, load_static_teachers
 from reparam.distill.students import build_student, check_fit, grown
 from reparam.errors import InputError
 from reparam.provenance import LIBRARIES, versions
@@ -105,17 +105,9 @@ def start(
         student = grown(student, config.widen, example, config.noise)
     blank = copy.deepcopy(student)
     networks = make_networks(student, example, config)
-    if config.channels_last:
-        networks.owner.to(memory_format=torch.channels_last)
     statics = load_static_teachers(config, loader.facts, example, _in_format(config)) if config.distiller else []
-    compiled: Any = torch.compile if config.compile else lambda network: network
-    learners = make_learners(networks, statics, example, loader.labels, config, compiled)
-    exempt = frozenset(f"owner.{name}" for name in getattr(networks.owner, "no_weight_decay", set)())
-    divisors: dict[str, float] = getattr(networks.student, "divisors", dict)()
-    scales = {f"owner.{name}": value for name, value in divisors.items()}
-    optimizer = make_optimizer(learners, config, exempt, scales)
-    scheduler = make_scheduler(optimizer, config, loader.steps)
-    engine = Engine(learners, statics, optimizer, scheduler, config, group)
+    engine = assemble(config, networks, statics, example, loader.labels, loader.steps, group)
+    learners = engine.learners
     folder = RunFolder(group.decide(lambda: open_run_folder(config, check=False).path))
     progress = report.Progress(config.epochs, loader.steps, config.quiet or not group.main)
     run = Run(config, engine, loader, folder, progress, blank, Meter(learners.names, group))
@@ -123,6 +115,41 @@ def start(
         folder.write_config(config, versions(LIBRARIES), command, asdict(loader.facts))
     progress.say(report.opening(config, loader.facts, sizes(networks), str(group.device), group.world))
     return run
+
+
+def assemble(
+    config: TrainConfig,
+    networks: Networks,
+    statics: Sequence[StaticTeacher],
+    example: Tensor,
+    labels: Tensor,
+    steps: int,
+    group: Group,
+) -> Engine:
+    """Put networks, losses, optimizer and schedule together: what takes the steps of a run.
+
+    Args:
+        config: settings with all defaults filled in.
+        networks: the learners, on their device.
+        statics: the static teacher and its assistants; empty without one.
+        example: images ``[N, C, H, W]``.
+        labels: the class of every training image ``[M]``.
+        steps: of an epoch.
+        group: the processes.
+
+    Raises:
+        InputError: the method needs what a network does not have, or there is nothing to train.
+    """
+    if config.channels_last:
+        networks.owner.to(memory_format=torch.channels_last)
+    compiled: Any = torch.compile if config.compile else lambda network: network
+    learners = make_learners(networks, statics, example, labels, config, compiled)
+    exempt = frozenset(f"owner.{name}" for name in getattr(networks.owner, "no_weight_decay", set)())
+    divisors: dict[str, float] = getattr(networks.student, "divisors", dict)()
+    scales = {f"owner.{name}": value for name, value in divisors.items()}
+    optimizer = make_optimizer(learners, config, exempt, scales)
+    scheduler = make_scheduler(optimizer, config, steps)
+    return Engine(learners, statics, optimizer, scheduler, config, group)
 
 
 def _in_format(config: TrainConfig) -> Callable[[nn.Module], nn.Module]:

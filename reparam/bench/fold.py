@@ -1,24 +1,17 @@
-"""Folding: norms left, errors and inference time, beside timm's own fusion and torch.fx's.
+"""``reparam bench fold``: norms left, errors and inference time, beside timm's own fusion and torch.fx's.
 
-    python benchmarks/fold.py
-
-Writes benchmarks/results/fold.json, or fold-batchN.json. Norm statistics and affine parameters are drawn, so that no
-fold is trivial. Errors are relative to the largest output of the network in float64. Times are ratios of medians, runs
-interleaved.
+Norm statistics and affine parameters are drawn, so that no fold is trivial. Errors are relative to the largest output
+of the network in float64. Times are ratios of medians, runs interleaved.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import record
-import timm
 import torch
 import torch.nn.functional as F
 from timm.utils.model import reparameterize_model
@@ -26,6 +19,12 @@ from torch import Tensor, nn
 from torch.fx.experimental import optimization
 from torch.overrides import TorchFunctionMode
 
+from reparam.bench import records
+from reparam.bench.subjects import device_of
+from reparam.bench.timing import Job, interleaved, ratio, spread
+from reparam.distill.engine import tf32
+from reparam.distill.runs import threads_restored
+from reparam.models import load_model
 from reparam.passes.fold import fold, fold_with_report
 
 MODELS = """
@@ -35,38 +34,34 @@ resnet18 resnet50 efficientnet_b0 mobilenetv3_large_100 densenet121 regnetx_002 
 """.split()
 
 
-def main() -> None:
-    """Measure and write."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("models", nargs="*", default=MODELS)
-    parser.add_argument("--runs", type=int, default=11)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--folder", type=Path, help="where to write (default: benchmarks/results)")
-    arguments = parser.parse_args()
-    device = torch.device(arguments.device)
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+def run(options: argparse.Namespace) -> int:
+    """Measure what the options say, write the JSON, and return the exit code."""
+    folder, device = records.folder_of(options), device_of(options.device)
+    names = options.models or MODELS
+    for name in names:
+        load_model(name)  # an unknown name is found now, not after minutes
     rows = {}
-    for name in arguments.models:
-        rows[name] = measure(name, device, arguments.batch, arguments.runs)
-        print(name, rows[name], flush=True)
-    named = "" if arguments.models == MODELS else f"{' '.join(arguments.models)} "
-    options = f"{named}--runs {arguments.runs} --batch {arguments.batch} --device {device.type}"
-    result = {
-        **record.provenance(f"python benchmarks/fold.py {options}", device),
-        "threads": torch.get_num_threads(),
-        "batch": arguments.batch,
-        "models": rows,
-    }
-    name = f"fold{'' if arguments.batch == 1 else f'-batch{arguments.batch}'}"
-    print(record.write(f"{name}{'' if device.type == 'cpu' else '-cuda'}.json", result, arguments.folder))
+    with threads_restored(), tf32(False):
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        for name in names:
+            rows[name] = measure(name, device, options.batch, options.runs)
+            print(name, rows[name], flush=True)
+        content = {**records.origin(options, device), "kind": "fold", "batch": options.batch, "models": rows}
+    # A few networks are no run over the list, whose file they must not replace.
+    some = "".join(f"-{records.public(name)}" for name in names) if len(names) <= 3 else ""
+    name = (
+        f"fold{some}{'' if options.batch == 1 else f'-batch{options.batch}'}{'' if device.type == 'cpu' else '-cuda'}"
+    )
+    print(f"wrote {records.write(folder, name, content)}")
+    return 0
 
 
 def measure(name: str, device: torch.device, batch: int, runs: int) -> dict[str, Any]:
     """Return the numbers of one model."""
     torch.manual_seed(0)
-    model = randomise(timm.create_model(name)).eval().to(device)
-    x = torch.randn(batch, *model.pretrained_cfg["input_size"], device=device)
+    model = randomise(load_model(name)).eval().to(device)
+    x = torch.randn(batch, *vars(model)["pretrained_cfg"]["input_size"], device=device)
     double = copy.deepcopy(model).double()
     with torch.no_grad():
         exact = double(x.double())
@@ -99,7 +94,7 @@ def numbers(
             "norms": norms(single, x),
             "float32_error": error(single, x, exact),
             "float64_error": error(wide, x.double(), exact),
-            "time_ratio": ratio(model, single, x, runs),
+            "time_ratio": time_ratio(model, single, x, runs),
         }
     except Exception as problem:
         return {"failed": f"{type(problem).__name__}: {str(problem).splitlines()[0][:120]}"}
@@ -109,7 +104,7 @@ def randomise(model: nn.Module) -> nn.Module:
     """Draw the statistics and affine parameters of norms."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for module in model.modules():
+        for module in map(_any, model.modules()):
             if getattr(module, "running_var", None) is not None:
                 module.running_mean.copy_(0.3 * torch.randn(module.running_mean.shape, generator=generator))
                 module.running_var.copy_(0.5 + torch.rand(module.running_var.shape, generator=generator))
@@ -117,6 +112,10 @@ def randomise(model: nn.Module) -> nn.Module:
                     module.weight.copy_(0.5 + torch.rand(module.weight.shape, generator=generator))
                     module.bias.copy_(0.3 * torch.randn(module.bias.shape, generator=generator))
     return model
+
+
+def _any(module: nn.Module) -> Any:
+    return module
 
 
 class _Calls(TorchFunctionMode):
@@ -143,27 +142,15 @@ def error(model: nn.Module, x: Tensor, exact: Tensor) -> float:
         return float(f"{(model(x) - exact).abs().max() / exact.abs().max():.3g}")
 
 
-def ratio(model: nn.Module, folded: nn.Module, x: Tensor, runs: int) -> dict[str, float]:
+def time_ratio(model: nn.Module, folded: nn.Module, x: Tensor, runs: int) -> dict[str, float]:
     """Return the time of the folded model relative to that of the model, runs side by side."""
-    times: dict[nn.Module, list[float]] = {model: [], folded: []}
+    jobs = {"before": Job(lambda: model(x)), "after": Job(lambda: folded(x))}
     with torch.no_grad():
-        for run in range(runs + 2):
-            for network, seconds in times.items():
-                start = time.perf_counter()
-                network(x)
-                if x.is_cuda:
-                    torch.cuda.synchronize()
-                if run > 1:
-                    seconds.append(time.perf_counter() - start)
-    before, after = times[model], times[folded]
-    pairs = [b / a for a, b in zip(before, after, strict=True)]
+        times = interleaved(jobs, runs, device=x.device)
+    found = ratio(times["after"], times["before"])
     return {
-        "median": round(statistics.median(after) / statistics.median(before), 3),
-        "low": round(min(pairs), 3),
-        "high": round(max(pairs), 3),
-        "seconds_before": round(statistics.median(before), 5),
+        "median": round(found["of_medians"], 3),
+        "low": round(found["low"], 3),
+        "high": round(found["high"], 3),
+        "seconds_before": spread(times["before"].seconds)["median"],
     }
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,1 @@
+"""``reparam bench``: what steps, surgery, folding and several processes cost, beside what they have to."""
