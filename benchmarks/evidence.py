@@ -40,6 +40,7 @@ from reparam.distill import files
 from reparam.distill.command import add_arguments, config_from
 from reparam.distill.config import TrainConfig
 from reparam.distill.distributed import resolve_device
+from reparam.distill.recipes import load_recipe
 from reparam.errors import StoppedError
 
 
@@ -76,9 +77,12 @@ def gpd_arms(base: TrainConfig, options: argparse.Namespace) -> list[Arm]:
 
 
 def gap_arms(base: TrainConfig, options: argparse.Namespace) -> list[Arm]:
-    """Gap-KD has the weights of its table 4 for plain networks, and its warm-up: 33 of 160 epochs."""
-    gap: dict[str, Any] = {"ce_weight": 3.1, "alpha": 5.88, "beta": 9.09}
-    gap["distill_warmup"] = round(base.resolved().epochs * 33 / 160)
+    """Gap-KD has weights and temperatures of a recipe, and the same share of the epochs as its warm-up."""
+    recipe = load_recipe(options.gap_recipe).settings
+    gap = {name: recipe[name] for name in ("ce_weight", "alpha", "beta")}
+    usual = {"tau_schedule": "dtm", "tau_max": 20.0, "tau_min": 1.0}
+    gap |= {name: recipe[name] for name, value in usual.items() if recipe[name] != value}
+    gap["distill_warmup"] = round(base.resolved().epochs * recipe["distill_warmup"] / recipe["epochs"])
     through: dict[str, Any] = {"assistant": options.assistant, "assistant_epochs": options.assistant_epochs}
     return [
         Arm("baseline", {"method": "baseline"}),
@@ -110,6 +114,10 @@ def main() -> int:
     base = _base(options)
     suite = SUITES[options.suite]
     chosen = _chosen(suite.arms(base, options), suite.default_arms, options)
+    if any(arm.changes.get("assistant", "") is None for arm in chosen):
+        sys.exit(
+            "--assistant names the network between --static and --model, which some of the arms need; or see --arms"
+        )
     runs = options.runs.expanduser()
     runs.mkdir(parents=True, exist_ok=True)
     seeds = options.seeds or (0, 1, 2, 3, 4)
@@ -178,6 +186,11 @@ def _parse() -> argparse.Namespace:
     own.add_argument("--static", default="cifar_resnet20", help="network of the static teacher")
     own.add_argument("--static-epochs", type=int, help="its epochs (default: --epochs)")
     own.add_argument("--with-branches", default="orepa", help="recipe of the arms with branches")
+    own.add_argument(
+        "--gap-recipe",
+        default="cifar10/plain10-plain2-gapkd",
+        help="suite gap: recipe with the weights and temperatures of Gap-KD",
+    )
     own.add_argument("--compute", type=int, default=5, help="how many times the epochs cost what GPD costs")
     own.add_argument("--arms", help="parts of the names of arms to run, separated by |")
     own.add_argument("--jobs", type=int, default=1, help="runs at the same time")
@@ -187,17 +200,15 @@ def _parse() -> argparse.Namespace:
     options = parser.parse_args()
     if hasattr(options, "output") or hasattr(options, "resume"):
         parser.error("--runs names the folder of all runs; --output and --resume are not for this command")
-    return _with_assistant(options, parser)
+    return _with_assistant(options)
 
 
-def _with_assistant(options: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse.Namespace:
+def _with_assistant(options: argparse.Namespace) -> argparse.Namespace:
     """The base of all arms has no assistant: take it out of the settings, for the arms that have one."""
     if options.suite == "gpd":
         return options
     given = vars(options)
     options.assistant, options.assistant_epochs = given.get("assistant"), given.get("assistant_epochs")
-    if options.assistant is None:
-        parser.error("--suite gap needs --assistant, the network between --static and --model")
     return options
 
 
@@ -242,6 +253,7 @@ def _write(
     content: dict[str, Any] = {"arms": rows, "config": {**config, "data": kind}, "compute": options.compute}
     if options.suite == "gap":
         del content["compute"]
+        content["gap_recipe"] = options.gap_recipe
         content["assistant"] = {"model": options.assistant, "epochs": options.assistant_epochs or base.epochs}
     teacher = runs / "static" / files.SUMMARY
     if any(arm.static for arm in chosen) and teacher.is_file():
@@ -293,14 +305,18 @@ def _assistants(arm: Arm, seeds: tuple[int, ...], runs: Path) -> list[dict[str, 
                 found.setdefault(path.parent.name.partition("-")[2], []).append(files.read_json(path))
     return [
         {
-            "name": name.partition("-")[2],
+            "name": _network(summaries[0]["config"]),
             "epochs": summaries[0]["epochs"],
             "top1": _spread([summary["student_top1"] for summary in summaries]),
             "seconds": [summary["seconds"] for summary in summaries],
             "parameters": summaries[0]["parameters"]["student"],
         }
-        for name, summaries in sorted(found.items())
+        for _, summaries in sorted(found.items())
     ]
+
+
+def _network(config: dict[str, Any]) -> str:
+    return f"expand:{config['widen']}" if config["widen"] else config["model"]
 
 
 if __name__ == "__main__":

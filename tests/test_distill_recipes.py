@@ -465,7 +465,7 @@ def test_circles(files: dict[str, str], message: str, tmp_path: Path) -> None:
         ("resnet18-gpd", "did you mean 'imagenet/resnet18-gpd'"),
         (
             "zzz",
-            "unknown recipe 'zzz'; groups: cifar10, cifar100, digits, fashion-mnist, imagenet .*ends in .yaml",
+            "unknown recipe 'zzz'; groups: cifar10, cifar100, digits, fashion-mnist, imagenet, imagenet100 .*in .yaml",
         ),
         ("", "unknown recipe ''"),
         ("cifar100/_base", "unknown recipe"),
