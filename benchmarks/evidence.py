@@ -1,12 +1,19 @@
-"""Which part of GPD helps, and against what: all arms of a comparison, several seeds, one JSON.
+"""Which part of a method helps, and against what: all arms of a comparison, several seeds, one JSON.
 
     python benchmarks/evidence.py --data fashion-mnist:DIR --limit-train 10000 --model cifar_resnet8_w8 --epochs 15 \
         --static cifar_resnet20 --seeds 0,1,2,3,4 --runs RUNS
+    python benchmarks/evidence.py --suite gap --data fashion-mnist:DIR --limit-train 10000 --image-size 16 \
+        --batch-size 128 --lr 0.02 --epochs 15 --channels-last --threads 1 --model cifar10_plain2 \
+        --static cifar10_plain10 --assistant cifar10_plain4 --jobs 2 --seeds 0,1,2 --runs RUNS
 
-Arms: the plain student at lr and at ratio^2 lr (the student inside a teacher takes an effective step that much larger),
-both also for ``--compute`` times the epochs (what a GPD epoch costs); branches alone; GPD without and with branches;
-and with a static teacher, which is trained first: KD, DKD, GPD with DKD. Averaged weights (EMA) are measured in each
-run.
+Arms of the suite ``gpd``, the default: the plain student at lr and at ratio^2 lr (the student inside a teacher takes an
+effective step that much larger), both also for ``--compute`` times the epochs (what a GPD epoch costs); branches alone;
+GPD without and with branches; and with a static teacher, which is trained first: KD, DKD, GPD with DKD. Averaged
+weights (EMA) are measured in each run.
+Arms of the suite ``gap``, all of the same student: alone, and with a static teacher, which is trained first: KD, TAKD
+and Gap-KD through ``--assistant``, Gap-KD through the student grown by 2, Kdiffusion and its control; on request GPD
+with Gap-KD and with Kdiffusion. Each arm trains its assistant in its own folder. Plain networks of ten layers pool four
+times: images need 16 pixels.
 A run that is done is not repeated: the same command goes on where an interrupted one stopped.
 Takes every option of ``reparam train`` as the base of all arms. Paths of the measuring machine are not written.
 """
@@ -20,6 +27,7 @@ import signal
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from multiprocessing import connection, get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -32,6 +40,7 @@ from reparam.distill import files
 from reparam.distill.command import add_arguments, config_from
 from reparam.distill.config import TrainConfig
 from reparam.distill.distributed import resolve_device
+from reparam.distill.recipes import load_recipe
 from reparam.errors import StoppedError
 
 
@@ -44,7 +53,8 @@ class Arm:
     static: bool = False
 
 
-def arms(base: TrainConfig, branches: str, compute: int) -> list[Arm]:
+def gpd_arms(base: TrainConfig, options: argparse.Namespace) -> list[Arm]:
+    branches, compute = options.with_branches, options.compute
     lr = base.resolved().lr or 0.0
     wide = lr * base.ratio**2
     plain: dict[str, Any] = {"method": "baseline"}
@@ -66,14 +76,48 @@ def arms(base: TrainConfig, branches: str, compute: int) -> list[Arm]:
     ]
 
 
-DEFAULT_ARMS = 10
-"""How many of the arms run without being asked for; the others look for reasons."""
+def gap_arms(base: TrainConfig, options: argparse.Namespace) -> list[Arm]:
+    """Gap-KD has weights and temperatures of a recipe, and the same share of the epochs as its warm-up."""
+    recipe = load_recipe(options.gap_recipe).settings
+    gap = {name: recipe[name] for name in ("ce_weight", "alpha", "beta")}
+    usual = {"tau_schedule": "dtm", "tau_max": 20.0, "tau_min": 1.0}
+    gap |= {name: recipe[name] for name, value in usual.items() if recipe[name] != value}
+    gap["distill_warmup"] = round(base.resolved().epochs * recipe["distill_warmup"] / recipe["epochs"])
+    through: dict[str, Any] = {"assistant": options.assistant, "assistant_epochs": options.assistant_epochs}
+    return [
+        Arm("baseline", {"method": "baseline"}),
+        Arm("KD", {"method": "kd"}, static=True),
+        Arm("TAKD", {"method": "takd", **through}, static=True),
+        Arm("Gap-KD", {"method": "gapkd", **gap, **through}, static=True),
+        Arm("Gap-KD, grown assistant", {"method": "gapkd", **gap, **through, "assistant": "expand:2"}, static=True),
+        Arm("Kdiffusion", {"method": "kdiffusion"}, static=True),
+        Arm("Kdiffusion, average", {"method": "kdiffusion-average"}, static=True),
+        Arm("GPD + Gap-KD", {"method": "gpd+gapkd", **gap, **through}, static=True),
+        Arm("GPD + Kdiffusion", {"method": "gpd+kdiffusion"}, static=True),
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """A set of arms, how many of them run without being asked for (the others look for reasons), and a file name."""
+
+    arms: Callable[[TrainConfig, argparse.Namespace], list[Arm]]
+    default_arms: int
+    result: str
+
+
+SUITES = {"gpd": Suite(gpd_arms, 10, "evidence"), "gap": Suite(gap_arms, 7, "gap")}
 
 
 def main() -> int:
     options = _parse()
-    base = config_from(options)
-    chosen = _chosen(arms(base, options.with_branches, options.compute), options)
+    base = _base(options)
+    suite = SUITES[options.suite]
+    chosen = _chosen(suite.arms(base, options), suite.default_arms, options)
+    if any(arm.changes.get("assistant", "") is None for arm in chosen):
+        sys.exit(
+            "--assistant names the network between --static and --model, which some of the arms need; or see --arms"
+        )
     runs = options.runs.expanduser()
     runs.mkdir(parents=True, exist_ok=True)
     seeds = options.seeds or (0, 1, 2, 3, 4)
@@ -126,10 +170,10 @@ def _report(name: str, process: BaseProcess, folder: Path) -> None:
 
 
 def run(config: TrainConfig) -> None:
-    from reparam.distill.trainer import train
+    from reparam.distill.chain import train_all
 
     try:
-        train(dataclasses.replace(config, resume="auto", quiet=True), command=["benchmarks/evidence.py"])
+        train_all(dataclasses.replace(config, resume="auto", quiet=True), command=["benchmarks/evidence.py"])
     except StoppedError:
         sys.exit(143)
 
@@ -138,9 +182,15 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="evidence.py")
     add_arguments(parser)
     own = parser.add_argument_group("evidence")
+    own.add_argument("--suite", default="gpd", choices=tuple(SUITES), help="which comparison (default: gpd)")
     own.add_argument("--static", default="cifar_resnet20", help="network of the static teacher")
     own.add_argument("--static-epochs", type=int, help="its epochs (default: --epochs)")
     own.add_argument("--with-branches", default="orepa", help="recipe of the arms with branches")
+    own.add_argument(
+        "--gap-recipe",
+        default="cifar10/plain10-plain2-gapkd",
+        help="suite gap: recipe with the weights and temperatures of Gap-KD",
+    )
     own.add_argument("--compute", type=int, default=5, help="how many times the epochs cost what GPD costs")
     own.add_argument("--arms", help="parts of the names of arms to run, separated by |")
     own.add_argument("--jobs", type=int, default=1, help="runs at the same time")
@@ -150,12 +200,26 @@ def _parse() -> argparse.Namespace:
     options = parser.parse_args()
     if hasattr(options, "output") or hasattr(options, "resume"):
         parser.error("--runs names the folder of all runs; --output and --resume are not for this command")
+    return _with_assistant(options)
+
+
+def _with_assistant(options: argparse.Namespace) -> argparse.Namespace:
+    """The base of all arms has no assistant: take it out of the settings, for the arms that have one."""
+    if options.suite == "gpd":
+        return options
+    given = vars(options)
+    options.assistant, options.assistant_epochs = given.get("assistant"), given.get("assistant_epochs")
     return options
 
 
-def _chosen(found: list[Arm], options: argparse.Namespace) -> list[Arm]:
+def _base(options: argparse.Namespace) -> TrainConfig:
+    settings = {key: value for key, value in vars(options).items() if not key.startswith("assistant")}
+    return config_from(argparse.Namespace(**settings) if options.suite == "gap" else options)
+
+
+def _chosen(found: list[Arm], default: int, options: argparse.Namespace) -> list[Arm]:
     if options.arms is None:
-        return found[:DEFAULT_ARMS]
+        return found[:default]
     parts = options.arms.split("|")
     chosen = [arm for arm in found if any(part in arm.name for part in parts)]
     if not chosen:
@@ -184,9 +248,13 @@ def _write(
     if not rows:
         return
     kind = base.data.partition(":")[0]
-    name = f"evidence-{kind}-{base.model.rpartition(':')[2]}-{base.epochs}-epochs.json"
+    name = f"{SUITES[options.suite].result}-{kind}-{base.model.rpartition(':')[2]}-{base.epochs}-epochs.json"
     config = {key: value for key, value in dataclasses.asdict(base.resolved()).items() if key not in _PATHS}
     content: dict[str, Any] = {"arms": rows, "config": {**config, "data": kind}, "compute": options.compute}
+    if options.suite == "gap":
+        del content["compute"]
+        content["gap_recipe"] = options.gap_recipe
+        content["assistant"] = {"model": options.assistant, "epochs": options.assistant_epochs or base.epochs}
     teacher = runs / "static" / files.SUMMARY
     if any(arm.static for arm in chosen) and teacher.is_file():
         summary = files.read_json(teacher)
@@ -212,12 +280,43 @@ def _row(arm: Arm, seeds: tuple[int, ...], runs: Path) -> dict[str, Any] | None:
     for key in ("student_top1", "student_ema_top1", "teacher_top1"):
         values = [summary[key] for summary in found if summary[key] is not None]
         if values:
-            spread = statistics.stdev(values) if len(values) > 1 else None
-            row[key] = {"values": values, "mean": statistics.mean(values), "std": spread}
+            row[key] = _spread(values)
     row["seconds"] = [summary["seconds"] for summary in found]
+    assistants = _assistants(arm, seeds, runs)
+    if assistants:
+        row["assistants"] = assistants
     row["parameters"] = found[0]["parameters"]
     row["parity_max_rel"] = max(summary["parity"]["max_rel"] for summary in found)
     return row
+
+
+def _spread(values: list[float]) -> dict[str, Any]:
+    spread = statistics.stdev(values) if len(values) > 1 else None
+    return {"values": values, "mean": statistics.mean(values), "std": spread}
+
+
+def _assistants(arm: Arm, seeds: tuple[int, ...], runs: Path) -> list[dict[str, Any]]:
+    """Accuracy and cost of the assistants that the finished runs of an arm trained on the way, in their order."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for seed in seeds:
+        folder = _folder(runs, arm, seed)
+        if (folder / files.SUMMARY).is_file():
+            for path in sorted(folder.glob(f"assistant-*/{files.SUMMARY}")):
+                found.setdefault(path.parent.name.partition("-")[2], []).append(files.read_json(path))
+    return [
+        {
+            "name": _network(summaries[0]["config"]),
+            "epochs": summaries[0]["epochs"],
+            "top1": _spread([summary["student_top1"] for summary in summaries]),
+            "seconds": [summary["seconds"] for summary in summaries],
+            "parameters": summaries[0]["parameters"]["student"],
+        }
+        for _, summaries in sorted(found.items())
+    ]
+
+
+def _network(config: dict[str, Any]) -> str:
+    return f"expand:{config['widen']}" if config["widen"] else config["model"]
 
 
 if __name__ == "__main__":

@@ -135,6 +135,30 @@ def _evidence(data: dict[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
+def _gap(data: dict[str, Any]) -> str:
+    config, static = data["config"], data.get("static")
+    size = f", {config['limit_train']:,} training images" if config.get("limit_train") else ""
+    pixels = f" of {config['image_size']} px" if config.get("image_size") else ""
+    lines = [
+        f"### Large gaps on {config['data']}: {static['model'] if static else 'none'} -> {config['model']}, "
+        f"{config['epochs']} epochs{size}{pixels}\n",
+        "| arm | seeds | student top-1 (%) | assistant | its top-1 | dynamic teacher | s per run, assistant included |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for arm in data["arms"]:
+        assistants = arm.get("assistants", [])
+        names = ", ".join(f"{one['name']} ({one['parameters']:,} parameters)" for one in assistants)
+        scores = ", ".join(_spread(one["top1"]) for one in assistants)
+        runs = [arm["seconds"], *(one["seconds"] for one in assistants)]
+        seconds = sum(sum(each) for each in runs) / len(arm["seconds"])
+        student, teacher = _spread(arm.get("student_top1")), _spread(arm.get("teacher_top1"))
+        cells = (arm["name"], str(len(arm["seeds"])), student, names, scores, teacher, f"{seconds:.0f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    if static is not None:
+        lines.append(f"\nStatic teacher: {static['model']}, {static['epochs']} epochs, {static['top1']:.2f}%.")
+    return "\n".join([*lines, ""])
+
+
 def _spread(found: dict[str, Any] | None) -> str:
     if found is None:
         return ""
@@ -182,6 +206,7 @@ PAGES: dict[str, dict[str, Section]] = {
         "compare_training": _training,
         "evidence": _evidence,
         "fold": _fold,
+        "gap": _gap,
         "random_networks": _networks,
     },
     "benchmarks.md": {

@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
 from training import trained_run
@@ -16,8 +17,10 @@ from training import trained_run
 from reparam.distill import chain, losses, schedules, trainer
 from reparam.distill.chain import train_all
 from reparam.distill.config import TrainConfig
-from reparam.distill.data import load_source
+from reparam.distill.data import Facts, load_source
 from reparam.distill.methods import Batch, Outputs, get_distiller, weights_of
+from reparam.distill.networks import make_learners, make_networks, parts
+from reparam.distill.statics import StaticTeacher
 from reparam.errors import InputError, StoppedError
 
 TEACHER = "cifar_resnet14"
@@ -68,6 +71,10 @@ def loss_of(method, epoch=1, epochs=10, **changes):
     return loss
 
 
+def network(name):
+    return timm.create_model(name, num_classes=10, in_chans=1)
+
+
 def batch_of(count):
     images = torch.zeros(count, 1, 8, 8)
     return Batch(images, torch.arange(count) % 7, None, torch.arange(count))
@@ -91,8 +98,21 @@ def test_gapkd_takes_the_target_from_the_teacher_and_the_rest_from_the_assistant
 
 
 def test_released_form_of_gapkd_has_a_constant_temperature():
-    loss = loss_of("gapkd", 9, tau_schedule="constant", tau_max=4.0)
-    assert loss.temperature == 4.0
+    for changes in (
+        {"student_temperature": 4.0},
+        {"student_temperature": 4.0, "tau_max": 24.0, "tau_schedule": "linear"},
+    ):
+        assert [loss_of("gapkd", epoch, **changes).temperature for epoch in (1, 5, 10)] == [4.0, 4.0, 4.0]
+
+
+@pytest.mark.parametrize("prefactor", [None, False, True])
+def test_prefactor_of_gapkd_is_a_setting(prefactor):
+    found, batch = outputs(6), batch_of(6)
+    loss = loss_of("gapkd", 10, prefactor=prefactor)
+    value = loss(found["student"], found["teacher"], batch, assistants=[found["first"]])
+    logits = (found[name].logits for name in ("student", "teacher", "first"))
+    expected = losses.double_decoupled(*logits, batch.labels, 8.3, 6.2, 1.0, prefactor=bool(prefactor))
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
 
 
 def test_takd_learns_from_the_last_assistant_alone():
@@ -159,6 +179,52 @@ def test_gapkd_trains_the_assistant_first(config, source, tmp_path):
     assert (stage["tau_schedule"], stage["tau_max"], stage["tau_min"]) == ("dtm", 20.0, 1.0)
     assert student["method"] == "gapkd" and student["assistant_checkpoint"] == str(folder)
     assert summary["epochs"] == 2 and summary["parity_passed"]
+
+
+def test_released_gapkd_in_one_command(config, source, tmp_path):
+    """The temperature falls for the assistant and is constant for the student."""
+    train_all(dataclasses.replace(config, student_temperature=4.0, prefactor=True, tau_max=24.0), source=source)
+    stage, student = settings(tmp_path / "run" / "assistant-1-cifar_resnet8"), settings(tmp_path / "run")
+    assert (stage["tau_schedule"], stage["tau_max"], stage["temperature"]) == ("dtm", 24.0, None)
+    assert (stage["student_temperature"], stage["prefactor"]) == (None, None)
+    assert (student["student_temperature"], student["prefactor"], student["tau_max"]) == (4.0, True, 24.0)
+
+
+@pytest.mark.parametrize(
+    ("method", "assistants", "read"),
+    [
+        ("kd", (), [TEACHER]),
+        ("takd", ("cifar_resnet8", "cifar_resnet14"), ["cifar_resnet14"]),
+        ("gapkd", ("cifar_resnet8",), [TEACHER, "cifar_resnet8"]),
+        ("dgkd", ("cifar_resnet8", "cifar_resnet14"), [TEACHER, "cifar_resnet8", "cifar_resnet14"]),
+    ],
+)
+def test_a_step_runs_the_static_networks_that_the_loss_reads(method, assistants, read):
+    """Counted over the parts of one step; the value is that of the loss over all of them."""
+    names = [TEACHER, *assistants]
+    config = TrainConfig(method=method, teacher=TEACHER, assistant=",".join(assistants) or None, epochs=3)
+    facts = Facts("digits", 10, 100, 50, (1, 8, 8), (0.5,), (0.5,), None, False)
+    torch.manual_seed(0)
+    statics = [StaticTeacher(network(name), facts, ((0.5,), (0.5,))) for name in names]
+    images, labels = torch.randn(10, 1, 8, 8), torch.arange(10)
+    student = network("cifar_resnet8_w8")
+    learners = make_learners(make_networks(student, images, config), statics, images, labels, config)
+    learners.train()
+    calls = []
+    for position, static in enumerate(statics):
+        static.network.register_forward_hook(lambda *_args, position=position: calls.append(position))
+    batch = Batch(images, labels, None, labels)
+    torch.manual_seed(1)
+    (part,) = list(parts(learners, learners, statics, batch, config, 1))
+    assert [names[position] for position in calls] == read
+    torch.manual_seed(1)
+    answers = [static(images) for static in statics]
+    loss = learners.losses["student"]
+    further = {"assistants": answers[1:]} if assistants else {}
+    ce_weight, share = loss.shares()
+    soft = loss(Outputs(part.logits), answers[0], batch, **further)
+    whole = ce_weight * torch.nn.functional.cross_entropy(part.logits, labels) + share * soft
+    torch.testing.assert_close(part.loss, whole)
 
 
 def test_assistant_grown_from_the_student(config, source, tmp_path):
@@ -229,6 +295,10 @@ def test_stop_in_either_stage_and_go_on(config, source, tmp_path, monkeypatch, m
         ({"epochs": 1, "warmup_epochs": 0}, "one epoch"),
         ({"assistant_checkpoint": "a,b"}, "--assistant names 1 networks and --assistant-checkpoint 2"),
         ({"temperature": 4.0, "tau_max": 8.0}, "--temperature is one value for all epochs"),
+        ({"temperature": 4.0, "student_temperature": 8.0}, "--student-temperature that of the second; leave one out"),
+        ({"method": "takd", "student_temperature": 4.0}, "--student-temperature would have no effect: it belongs to"),
+        ({"method": "dgkd", "prefactor": True}, "--prefactor would have no effect: it belongs to --method gapkd"),
+        ({"student_temperature": 4.0, "tau_max": 1.0, "tau_min": 2.0}, "tau_max=1.0 < tau_min=2.0"),
     ],
 )
 def test_bad_settings(config, source, changes, message):

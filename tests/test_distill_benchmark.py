@@ -1,11 +1,14 @@
 """The benchmark that docs/results.md comes from: provenance in its file, no paths of the measuring machine."""
 
+import argparse
 import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 from test_distill_data import write_npz
+
+from reparam.distill.config import TrainConfig
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "compare_training.py"
 
@@ -32,3 +35,25 @@ def test_result_file(tmp_path, benchmark, monkeypatch, capsys):
     assert [arm["seeds"] for arm in content["arms"]] == [[3], [3], [3]]
     assert str(tmp_path) not in result.read_text()
     assert "GPD minus the best baseline" in capsys.readouterr().out
+
+
+def test_the_arms_for_large_gaps(benchmark):
+    import evidence
+
+    options = argparse.Namespace(assistant="a", assistant_epochs=3, gap_recipe="cifar100/plain10-plain2-gapkd")
+    arms = evidence.gap_arms(TrainConfig(epochs=80), options)
+    taught = {arm.name: arm.changes for arm in arms if arm.static}
+    assert [arm.name for arm in arms if not arm.static] == ["baseline"] and len(arms) == 9
+    weights = {"ce_weight": 3.1028, "alpha": 5.8755, "beta": 9.0903, "distill_warmup": 16, "tau_max": 25.0}
+    for name, assistant in (("Gap-KD", "a"), ("Gap-KD, grown assistant", "expand:2"), ("GPD + Gap-KD", "a")):
+        assert taught[name] == {
+            "method": "gpd+gapkd" if "GPD" in name else "gapkd",
+            **weights,
+            "assistant": assistant,
+            "assistant_epochs": 3,
+        }
+    assert [name for name in taught if "GPD" in name] == [
+        arm.name for arm in arms[evidence.SUITES["gap"].default_arms :]
+    ]
+    for changes in taught.values():
+        TrainConfig(**changes, teacher="t", teacher_checkpoint="c")

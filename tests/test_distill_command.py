@@ -70,6 +70,14 @@ def test_options_reach_the_settings():
         ("--method baseline --ratio 3", "--ratio would have no effect: --method has no gpd"),
         ("--no-teacher-distill", "--teacher-distill would have no effect: --method has no loss against a static"),
         ("--kd-loss mse --kd-smoothing 0.2", "--kd-smoothing would have no effect: it belongs to --kd-loss sce"),
+        (
+            "--student-temperature 4 --assistant-checkpoint a --tau-max 9 --method gapkd --teacher t --assistant a",
+            "--tau-max would have no effect: the student has --student-temperature",
+        ),
+        (
+            "--prefactor --beta 0 --method gapkd --teacher t --assistant a",
+            "--prefactor would have no effect: --beta 0 leaves",
+        ),
         ("--ema-warmup", "--ema-warmup would have no effect: there is no --ema"),
         ("--nesterov --optimizer adamw", "--nesterov would have no effect"),
         ("--milestones 3,6", "--milestones would have no effect"),

@@ -91,25 +91,25 @@ def mobilenet_v2() -> int:
     return total + conv_bn(160, 1280, 1) + linear(1280, 100)
 
 
-def shufflenet() -> int:
-    total, channels = conv_bn(3, 24, 1), 24
+def shufflenet(classes: int = 100, stem: int = 1) -> int:
+    total, channels = conv_bn(3, 24, stem), 24
     for out, count in ((240, 4), (480, 8), (960, 4)):
         for block in range(count):
             made = out if block else out - channels
             h = made // 4
             total += conv_bn(channels, h, 1, 1 if channels == 24 else 3) + conv_bn(h, h, 3, h) + conv_bn(h, made, 1, 3)
             channels = out
-    return total + linear(960, 100)
+    return total + linear(960, classes)
 
 
-def shufflenet_v2() -> int:
-    total, channels = conv_bn(3, 24, 1), 24
+def shufflenet_v2(classes: int = 100, stem: int = 1) -> int:
+    total, channels = conv_bn(3, 24, stem), 24
     for out, count in ((116, 3), (232, 7), (464, 3)):
         h = out // 2
         total += conv_bn(channels, channels, 3, channels) + 2 * conv_bn(channels, h, 1)
         total += conv_bn(h, h, 3, h) + conv_bn(h, h, 1) + count * (2 * conv_bn(h, h, 1) + conv_bn(h, h, 3, h))
         channels = out
-    return total + conv_bn(464, 1024, 1) + linear(1024, 100)
+    return total + conv_bn(464, 1024, 1) + linear(1024, classes)
 
 
 def plain(layers: str) -> int:
@@ -206,6 +206,8 @@ CASES = [
         THOROUGH,
     ),
     Case("mobilenet_v1", mobilenet_v1(), 4_231_976, 568.7, SLOW),
+    Case("shufflenet_g3", shufflenet(1000, 3), 1_814_734, 127.1, SLOW),
+    Case("shufflenetv2", shufflenet_v2(1000, 3), 2_278_604, 144.9, SLOW),
     Case("rvt_tiny", RVT_TINY, 8_646_376, 1284.3, THOROUGH),
     Case("rvt_tiny_plus", RVT_TINY + 10 * SCALING, 10_951_336, 1284.3, THOROUGH),
     Case("rvt_small", RVT_SMALL, 22_148_392, 4645.2, THOROUGH),

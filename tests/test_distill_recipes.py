@@ -27,11 +27,12 @@ every = pytest.mark.parametrize("name", NAMES)
 
 
 VARIANTS: dict[str, Callable[[TrainConfig], bool]] = {
-    "released": lambda found: (found.method, found.tau_schedule, found.tau_max) == ("gapkd", "constant", 4.0),
+    "released": lambda found: (found.method, found.tau_schedule, found.student_temperature) == ("gapkd", "dtm", 4.0),
     "expand2": lambda found: found.assistant == "expand:2",
     "multi": lambda found: (found.method, found.head_stages, found.beta) == ("kdiffusion", "all", 0.0),
     "single": lambda found: (found.method, found.head_stages, found.beta) == ("kdiffusion", "last", 0.0),
 }
+VARIANTS |= {f"heads{n}": lambda found, n=n: VARIANTS["single"](found) and found.heads == n for n in (2, 4, 8, 16)}
 """What stands behind the method in some names, and what it says."""
 
 
@@ -63,10 +64,11 @@ def own(folder: Path, settings: str, more: str = "") -> Path:
 def test_how_many_there_are() -> None:
     groups = [name.partition("/")[0] for name in NAMES]
     found = {group: groups.count(group) for group in set(groups)}
-    large_gaps = {"cifar100": 3 + 6 + 5 + 4, "cifar10": 4 + 5 + 5, "fashion-mnist": 1 + 4}
-    kdiffusion = 5 * 4
+    large_gaps = {"cifar100": 3 + 7 + 6 + 4, "cifar10": 4 + 6 + 6, "fashion-mnist": 1 + 4}
+    kdiffusion = 5 * 4 + 2 * 4
     assert found == {
-        "imagenet": 24,
+        "imagenet": 24 + 2 * 2,
+        "imagenet100": 5,
         "cifar100": 12 * 6 + 9 * 2 + 6 + large_gaps["cifar100"] + kdiffusion,
         "cifar10": large_gaps["cifar10"],
         "fashion-mnist": 28 + large_gaps["fashion-mnist"],
@@ -80,8 +82,8 @@ def test_a_recipe_resolves_to_known_networks_and_methods(name: str) -> None:
     found = config(name).resolved()
     assert recipe.name == name and len(recipe.description) > 20 and len(recipe.source) > 20
     assert timm.is_model(found.model) and (found.teacher is None or timm.is_model(found.teacher))
-    assert found.assistant in (None, "expand:2") or timm.is_model(found.assistant)
-    assert (found.assistant is not None) == (found.method in ("gapkd", "takd"))
+    assert found.assistant in (None, "expand:2") or all(map(timm.is_model, found.assistant.split(",")))
+    assert (found.assistant is not None) == (found.method in ("gapkd", "takd", "dgkd"))
     if found.assistant is not None:
         _check(found)
     assert set(found.method.split("+")) <= {*distillers(), "gpd", "baseline"}
@@ -93,7 +95,7 @@ def test_a_recipe_resolves_to_known_networks_and_methods(name: str) -> None:
 
 @every
 def test_a_name_says_what_the_recipe_is(name: str) -> None:
-    """``group/[teacher-]student-method[-nobranches|-released|-expand2|-multi|-single][-finetune|-short|-long]``."""
+    """``group/[teacher-]student-method[-variant][-finetune|-short|-long]``, the variant "nobranches" or as above."""
     found = config(name)
     group, _, rest = name.partition("/")
     words = rest.split("-")
@@ -113,8 +115,10 @@ def test_a_name_says_what_the_recipe_is(name: str) -> None:
     words = words[: -len(method)]
     networks = [network for network in (found.teacher, found.model) if network is not None]
     assert words == [re.sub(r"^cifar(100?)?_|\.\w+$", "", network) for network in networks]
-    assert (found.assistant_checkpoint is not None) == (variant == "released")
-    assert found.data == {"digits": "digits", "imagenet": "folder:"}.get(group, f"{group}:")
+    assert found.assistant_checkpoint is None
+    assert found.data == {"digits": "digits", **dict.fromkeys(("imagenet", "imagenet100"), "folder:")}.get(
+        group, f"{group}:"
+    )
 
 
 @every
@@ -122,7 +126,8 @@ def test_who_needs_weights_says_so(name: str) -> None:
     """A static teacher has timm's weights, or the recipe asks for them; the same for what is fine-tuned."""
     recipe, found = load_recipe(name), config(name)
     if found.teacher is not None:
-        assert ("teacher_checkpoint" in recipe.needs) != timm.models.is_model_pretrained(found.teacher)
+        thousand = timm.models.is_model_pretrained(found.teacher)
+        assert ("teacher_checkpoint" in recipe.needs) != (thousand and not name.startswith("imagenet100/"))
     if name.endswith("finetune"):
         assert ("checkpoint" in recipe.needs) != timm.models.is_model_pretrained(found.model)
     if recipe.needs:
@@ -296,11 +301,16 @@ def test_large_gaps(row: tuple[Any, ...]) -> None:
         assert values(f"{stem}-{method}", "assistant", "assistant_epochs") == (assistant, None)
     names = ("ce_weight", "alpha", "beta", "distill_warmup", "tau_max", "tau_min", "tau_schedule")
     assert values(f"{stem}-gapkd", *names) == (*numbers, 1.0, "dtm")
-    assert values(f"{stem}-gapkd-released", *names) == (*numbers[:4], 4.0, 1.0, "constant")
-    assert set(load_recipe(f"{stem}-gapkd-released").needs) == {"teacher_checkpoint", "assistant_checkpoint"}
+    paper = config(f"{stem}-gapkd")
+    assert config(f"{stem}-gapkd-released") == dataclasses.replace(paper, student_temperature=4.0)
+    assert paper.student_temperature is paper.prefactor is None
     for method in ("kd", "takd"):
         assert values(f"{stem}-{method}", "temperature", "ce_weight", "distill_weight") == (4.0, 0.1, 0.9)
     assert values(f"{stem}-annealing", "anneal_epochs") == (None,)  # two thirds
+    assert load_recipe(f"{stem}-dgkd").reference == {}
+    between = ",".join(f"{group}_plain{n}" for n in (8, 6, 4)) if plain else "cifar_resnet56,cifar_resnet20"
+    found = values(f"{stem}-dgkd", "assistant", "temperature", "ce_weight", "epochs", "lr", "data")
+    assert found == (between, 4.0, 0.1, *schedule[:2], f"{group}:")
     for method in references:
         needed = load_recipe(f"{stem}-{method}").needs["teacher_checkpoint"]
         assert f"{group}/" in needed and ("baseline" in needed)
@@ -345,6 +355,46 @@ def test_kdiffusion_rows(row: tuple[Any, ...]) -> None:
             f"cifar100/{pair}-kdiffusion{end}", "heads", "head_stages", "beta", "lr", "epochs", "ce_weight"
         )
         assert numbers == (10, stages, beta, 0.01, 240, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("pair", "references"),
+    [
+        ("resnet32x4-shufflenet_g3", (74.85, 75.96, 76.28, 76.80)),
+        ("resnet50-mobilenetv2_half", (67.87, 68.46, 68.91, 70.16)),
+    ],
+)
+def test_kdiffusion_ablation(pair: str, references: tuple[float, ...]) -> None:
+    """Kdiffusion, number of features at a single layer: nothing but that number differs from the row with 10."""
+    single = config(f"cifar100/{pair}-kdiffusion-single")
+    for count, top1 in zip((2, 4, 8, 16), references, strict=True):
+        name = f"cifar100/{pair}-kdiffusion-heads{count}"
+        assert config(name) == dataclasses.replace(single, heads=count)
+        assert load_recipe(name).reference["top1"] == top1
+
+
+SWIN = "imagenet100/swin_base_patch4_window7_224"
+
+
+@pytest.mark.parametrize(
+    ("stem", "teacher", "references"),
+    [
+        ("imagenet/resnet50-mobilenet_v1", "resnet50.tv_in1k", {"single": 73.48, "multi": 73.62}),
+        ("imagenet/resnet34-resnet18", "resnet34.tv_in1k", {"single": 71.68, "multi": 72.04}),
+        (f"{SWIN}-mobilenetv2_100", "swin_base_patch4_window7_224", {"multi": 86.20}),
+        (f"{SWIN}-mobilenetv3_large_100", "swin_base_patch4_window7_224", {"multi": 87.88}),
+        (f"{SWIN}-resnet18", "swin_base_patch4_window7_224", {"multi": 86.30}),
+        (f"{SWIN}-shufflenet_g3", "swin_base_patch4_window7_224", {"multi": 78.04}),
+        (f"{SWIN}-shufflenetv2", "swin_base_patch4_window7_224", {"multi": 80.68}),
+    ],
+)
+def test_kdiffusion_on_imagenet(stem: str, teacher: str, references: dict[str, float]) -> None:
+    """Kdiffusion, the tables of ImageNet and ImageNet-100."""
+    for end, top1 in references.items():
+        assert load_recipe(f"{stem}-kdiffusion-{end}").reference["top1"] == top1
+        found = values(f"{stem}-kdiffusion-{end}", "teacher", "heads", "alpha", "beta", "batch_size", "lr", "epochs")
+        assert found == (teacher, 10, 1.0, 0.0, 256, 0.1, 100)
+        assert values(f"{stem}-kdiffusion-{end}", "clip_grad", "ema", "milestones") == (0.0, 0.0, (30, 60, 90))
 
 
 def test_small_recipes() -> None:
@@ -415,7 +465,7 @@ def test_circles(files: dict[str, str], message: str, tmp_path: Path) -> None:
         ("resnet18-gpd", "did you mean 'imagenet/resnet18-gpd'"),
         (
             "zzz",
-            "unknown recipe 'zzz'; groups: cifar10, cifar100, digits, fashion-mnist, imagenet .*ends in .yaml",
+            "unknown recipe 'zzz'; groups: cifar10, cifar100, digits, fashion-mnist, imagenet, imagenet100 .*in .yaml",
         ),
         ("", "unknown recipe ''"),
         ("cifar100/_base", "unknown recipe"),

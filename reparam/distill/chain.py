@@ -96,6 +96,7 @@ def _stage(config: TrainConfig, names: list[str], places: list[str]) -> TrainCon
         learns |= {"method": config.distiller, **earlier}
     if learns["method"] == "kd":
         learns |= {"alpha": None, "beta": None, "assistant": None, "assistant_checkpoint": None}
+        learns |= dict.fromkeys(kind.settings)  # of the student's loss alone
         if kind.hands_down == "teacher":  # a loss of another kind, with weights of its own
             learns |= {"distill_warmup": None, "ce_weight": None, "distill_weight": None}
         if kind.schedule is not None and config.temperature is None:

@@ -159,6 +159,18 @@ class TrainConfig:
     )
     tau_max: float | None = _rare(None, "method", "its highest temperature (default: 20)", float)
     tau_min: float | None = _rare(None, "method", "its lowest temperature (default: 1)", float)
+    student_temperature: float | None = _rare(
+        None,
+        "method",
+        "gapkd: constant temperature of the student's stage, as in its program (4); the schedule is the assistant's",
+        float,
+    )
+    prefactor: bool | None = _rare(
+        None,
+        "method",
+        "gapkd: weigh its second term by what the assistant leaves to the other classes (default: no)",
+        bool,
+    )
     anneal_epochs: int | None = _rare(None, "method", "annealing: epochs of its first phase (default: 2/3 of all)", int)
     distill_warmup: int | None = _rare(
         None, "method", "epochs over which distill_weight grows linearly (default: by method)", int

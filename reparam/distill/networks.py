@@ -234,7 +234,8 @@ def parts(
         config: the settings.
         epoch: from 1.
     """
-    answers = [static(batch.images) for static in statics]
+    read = statics[-1:] if config.distiller and get_distiller(config.distiller).reads == "last" else statics
+    answers = [static(batch.images) for static in read]
     dynamic: Tensor | None = None
     for name in learners.names:
         outputs = run(name, batch.images)

@@ -48,7 +48,16 @@ _AT_LEAST = {
     "save_steps": 1,
     "save_epochs": 1,
 }
-_POSITIVE = ("lr", "decay_epochs", "decay_rate", "temperature", "tau_max", "tau_min", "crop_scale")
+_POSITIVE = (
+    "lr",
+    "decay_epochs",
+    "decay_rate",
+    "temperature",
+    "student_temperature",
+    "tau_max",
+    "tau_min",
+    "crop_scale",
+)
 _SHARES = ("label_smoothing", "kd_smoothing", "ema", "drop_path")
 _SHARES_WITH_ONE = ("mix_prob", "mix_switch_prob", "erase", "crop_scale")
 
@@ -61,6 +70,8 @@ STATIC_ONLY = (
     "tau_min",
     "alpha",
     "beta",
+    "student_temperature",
+    "prefactor",
     "ce_weight",
     "distill_warmup",
     "anneal_epochs",
@@ -130,6 +141,12 @@ _IDLE: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("decay_epochs", lambda config: config.schedule != "step", "they belong to --schedule step"),
     ("decay_rate", lambda config: config.schedule not in ("step", "multistep"), "it belongs to step schedules"),
     ("min_lr cooldown_epochs", lambda config: config.schedule != "cosine", "it belongs to --schedule cosine"),
+    (
+        "tau_schedule tau_max tau_min",
+        lambda config: config.student_temperature is not None and config.assistant_checkpoint is not None,
+        "the student has --student-temperature, and the assistant is trained already",
+    ),
+    ("prefactor", lambda config: config.beta == 0, "--beta 0 leaves out the term that it weighs"),
     ("warmup_lr", lambda config: config.warmup_epochs == 0, "there is no warm-up"),
 )
 """Settings, when they have no effect, and why."""

@@ -31,7 +31,7 @@ def double_decoupled(
     | ``KL(other classes)`` | left side of equation 14; the released code | ``prefactor=False``, the default |
     | ``(1 - p_assistant(target)) KL(other classes)`` | right side of equation 14 | ``prefactor=True`` |
     | a temperature per epoch in both terms | the text | pass ``reparam.distill.schedules.temperature`` by epoch |
-    | a constant temperature of 4 | the released code | pass 4 |
+    | a constant temperature of 4 | the released code, for the student | pass 4 |
 
     The two sides of equation 14 contradict each other. Its left side is what the equation defines and what equation 11
     weighs, and the factor would couple the terms again, which the paper argues against: so it is left out by default.

@@ -118,6 +118,8 @@ class Distiller(nn.Module):
         settings: names of the settings that belong to the loss alone; None stands for a default.
         assistants: how many networks between teacher and student the loss needs: 0, 1, or None for one or more. Such
             a loss takes their outputs as a further argument ``assistants``.
+        reads: which of the static networks a step has to run: "all", or the "last" one, which the loss then gets as
+            its teacher.
         hands_down: what a chain of assistants learns from: "teacher", each from the one before it ("previous"), or
             from all before it ("all").
         allows_mixing: whether mixed images (mixup, cutmix) make sense.
@@ -132,6 +134,7 @@ class Distiller(nn.Module):
     wants_heads: ClassVar[bool] = False
     settings: ClassVar[frozenset[str]] = frozenset()
     assistants: ClassVar[int | None] = 0
+    reads: ClassVar[str] = "all"
     hands_down: ClassVar[str] = "teacher"
     allows_mixing: ClassVar[bool] = True
     numbers: ClassVar[frozenset[str]] = frozenset()
@@ -231,7 +234,7 @@ def weights_of(config: TrainConfig, kind: type[Distiller]) -> Weights:
         "ce_weight": config.ce_weight,
         "distill_weight": config.distill_weight,
         "warmup": config.distill_warmup,
-        "temperature": config.temperature,
+        "temperature": config.student_temperature or config.temperature,
         "alpha": config.alpha,
         "beta": config.beta,
     }
@@ -243,6 +246,12 @@ def weights_of(config: TrainConfig, kind: type[Distiller]) -> Weights:
 
 def _temperatures(config: TrainConfig, kind: type[Distiller]) -> tuple[float, ...]:
     """The temperature of each epoch, where the settings or the method ask for a schedule."""
+    if config.student_temperature is not None:  # the schedule, if any, is that of the assistants
+        if config.temperature is not None:
+            raise InputError(
+                "--temperature is one value for both stages and --student-temperature that of the second; leave one out"
+            )
+        return ()
     wished = config.tau_schedule, config.tau_max, config.tau_min
     if config.temperature is not None and any(value is not None for value in wished):
         raise InputError(

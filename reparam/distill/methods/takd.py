@@ -23,10 +23,11 @@ class TAKD(Distiller):
     """
 
     assistants = None
+    reads = "last"
     hands_down = "previous"
     numbers = frozenset({"temperature"})
     defaults = Weights(ce_weight=0.1, distill_weight=0.9, temperature=4.0)
 
     def forward(self, learner: Outputs, teacher: Outputs, batch: Batch, assistants: Sequence[Outputs] = ()) -> Tensor:
         """See `Distiller`."""
-        return kd(learner.logits, (assistants[-1] if assistants else teacher).logits, self.temperature)
+        return kd(learner.logits, [teacher, *assistants][-1].logits, self.temperature)

@@ -1,8 +1,10 @@
-"""ShuffleNet (three groups) and ShuffleNetV2 (1x) for small images: a 1x1 stem at full resolution and three stages.
+"""ShuffleNet (three groups) and ShuffleNetV2 (1x), for small images and for ImageNet: a stem and three stages.
 
 Source: Zhang et al., "ShuffleNet" (CVPR 2018), table 1, and Ma et al., "ShuffleNet V2" (ECCV 2018), table 5, in the
 form for CIFAR of Tian et al., "Contrastive Representation Distillation" (ICLR 2020): the stem is a 1x1 convolution with
-stride 1; the blocks of the first ShuffleNet have a ReLU behind the depthwise convolution too. PyTorch's first values.
+stride 1; the blocks of the first ShuffleNet have a ReLU behind the depthwise convolution too, and count their narrow
+channels from what they make, without what they pass on. For ImageNet the stem is that of the papers; the blocks are the
+same, which for ShuffleNetV2 are the paper's. PyTorch's first values.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from reparam.distill.models.base import CIFAR, ImageClassifier, conv_norm
+from reparam.distill.models.base import CIFAR, IMAGENET, ImageClassifier, conv_norm
 
 __all__ = ["CifarShuffleNet", "CifarShuffleNetV2"]
 
@@ -46,14 +48,22 @@ class ShuffleBlock(nn.Module):
         return self.relu(x + y if self.pool is None else torch.cat([y, self.pool(x)], dim=1))
 
 
+def _stem(in_chans: int, large: bool) -> nn.Sequential:
+    """A 1x1 convolution, or for large images one of 3x3 with stride 2 and a pooling: ``[N, 24, H / 4, W / 4]``."""
+    if large:
+        return nn.Sequential(*conv_norm(in_chans, 24, 3, 2), nn.MaxPool2d(3, 2, 1))
+    return nn.Sequential(*conv_norm(in_chans, 24, 1))
+
+
 class CifarShuffleNet(ImageClassifier):
-    """ShuffleNet for small images: ``[N, in_chans, H, W]`` to logits ``[N, num_classes]``.
+    """ShuffleNet: ``[N, in_chans, H, W]`` to logits ``[N, num_classes]``.
 
     Args:
         widths: channels of the stages.
         groups: groups of the 1x1 convolutions; the first one, behind the stem, has one.
         num_classes: number of logits.
         in_chans: image channels.
+        large: whether the stem is that for ImageNet, which divides the sides by 4.
     """
 
     def __init__(
@@ -62,10 +72,11 @@ class CifarShuffleNet(ImageClassifier):
         groups: int = 3,
         num_classes: int = 100,
         in_chans: int = 3,
+        large: bool = False,
     ) -> None:
         super().__init__(num_classes, in_chans)
         channels = 24
-        self.stem = nn.Sequential(*conv_norm(in_chans, channels, 1))
+        self.stem = _stem(in_chans, large)
         self.stages = nn.Sequential()
         for index, (width, count) in enumerate(zip(widths, (4, 8, 4), strict=True)):
             blocks = [ShuffleBlock(channels, width, 2, groups if index else 1, groups)]
@@ -75,7 +86,7 @@ class CifarShuffleNet(ImageClassifier):
         self.add_classifier(channels)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Return the last feature map ``[N, widths[2], H / 8, W / 8]`` (sizes rounded up)."""
+        """Return the last feature map ``[N, widths[2], H / 8, W / 8]`` of the stem's map (sizes rounded up)."""
         return self.stages(self.stem(x))
 
 
@@ -116,20 +127,25 @@ def _branch(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
 
 
 class CifarShuffleNetV2(ImageClassifier):
-    """ShuffleNetV2 for small images: ``[N, in_chans, H, W]`` to logits ``[N, num_classes]``.
+    """ShuffleNetV2: ``[N, in_chans, H, W]`` to logits ``[N, num_classes]``.
 
     Args:
         widths: channels of the stages and of the last convolution.
         num_classes: number of logits.
         in_chans: image channels.
+        large: whether the stem is that for ImageNet, which divides the sides by 4.
     """
 
     def __init__(
-        self, widths: tuple[int, int, int, int] = (116, 232, 464, 1024), num_classes: int = 100, in_chans: int = 3
+        self,
+        widths: tuple[int, int, int, int] = (116, 232, 464, 1024),
+        num_classes: int = 100,
+        in_chans: int = 3,
+        large: bool = False,
     ) -> None:
         super().__init__(num_classes, in_chans)
         channels = 24
-        self.stem = nn.Sequential(*conv_norm(in_chans, channels, 1))
+        self.stem = _stem(in_chans, large)
         self.stages = nn.Sequential()
         for width, count in zip(widths[:3], (3, 7, 3), strict=True):
             self.stages.append(nn.Sequential(DownBlock(channels, width), *(SplitBlock(width) for _ in range(count))))
@@ -138,12 +154,20 @@ class CifarShuffleNetV2(ImageClassifier):
         self.add_classifier(widths[3])
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Return the last feature map ``[N, widths[3], H / 8, W / 8]`` (sizes rounded up)."""
+        """Return the last feature map ``[N, widths[3], H / 8, W / 8]`` of the stem's map (sizes rounded up)."""
         return self.last(self.stages(self.stem(x)))
 
 
 _CONFIG = {**CIFAR, "pool_size": (4, 4), "first_conv": "stem.0"}
-default_cfgs = generate_default_cfgs({"cifar_shufflenet_g3": _CONFIG, "cifar_shufflenetv2": _CONFIG})
+_LARGE = {**IMAGENET, "first_conv": "stem.0"}
+default_cfgs = generate_default_cfgs(
+    {
+        "cifar_shufflenet_g3": _CONFIG,
+        "cifar_shufflenetv2": _CONFIG,
+        "shufflenet_g3": _LARGE,
+        "shufflenetv2": _LARGE,
+    }
+)
 
 
 @register_model
@@ -157,4 +181,22 @@ def cifar_shufflenet_g3(pretrained: bool = False, **kwargs: Any) -> CifarShuffle
 def cifar_shufflenetv2(pretrained: bool = False, **kwargs: Any) -> CifarShuffleNetV2:
     """ShuffleNetV2 1x: 1,355,528 parameters for 100 classes."""
     model: CifarShuffleNetV2 = build_model_with_cfg(CifarShuffleNetV2, "cifar_shufflenetv2", pretrained, **kwargs)
+    return model
+
+
+@register_model
+def shufflenet_g3(pretrained: bool = False, **kwargs: Any) -> CifarShuffleNet:
+    """ShuffleNet, three groups, for ImageNet: 1,814,734 parameters for 1000 classes."""
+    model: CifarShuffleNet = build_model_with_cfg(
+        CifarShuffleNet, "shufflenet_g3", pretrained, **{"large": True, **kwargs}
+    )
+    return model
+
+
+@register_model
+def shufflenetv2(pretrained: bool = False, **kwargs: Any) -> CifarShuffleNetV2:
+    """ShuffleNetV2 1x for ImageNet: 2,278,604 parameters for 1000 classes."""
+    model: CifarShuffleNetV2 = build_model_with_cfg(
+        CifarShuffleNetV2, "shufflenetv2", pretrained, **{"large": True, **kwargs}
+    )
     return model
