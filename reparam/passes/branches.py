@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from reparam.errors import InputError, KernelError, near_matches
 from reparam.ops import recipes
@@ -170,6 +169,8 @@ def _measured(
     expression: Expression, site: Site, recipe: Recipe, host: ParamMap | None, bias: str | None, norms: tuple[str, ...]
 ) -> BranchPlan:
     """Count parameters and the work of merging, on the meta device, which also shows that the branches fit."""
+    from torch.utils.flop_counter import FlopCounterMode  # late: it imports triton where that is installed
+
     shape = (site.outputs, site.inputs // site.groups, *site.size)
     host = host or ParamMap(shape)
     around = widening(site, host, noise=False)
