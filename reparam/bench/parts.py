@@ -43,8 +43,7 @@ def narrowed(teacher: nn.Module, *, merging: bool) -> list[Tensor]:
     """Return the student's tensors that are computed from a teacher's parameters, with or without its branches."""
     view = reparam.student_view(teacher)
     apart: Any = () if merging else view._narrow.branches
-    gathered: Any = getattr(view, "_tensors", None)  # made once per step, where the view can do so
-    found = view._narrow(apart) if gathered is None else gathered(apart)[1]
+    found = view.tensors(apart)[1]
     own = {id(parameter) for parameter in teacher.parameters()}
     # Each once: tied weights have several names.
     computed = {id(value): value for value in found.values() if value.requires_grad and id(value) not in own}

@@ -214,7 +214,7 @@ class EngineStep:
 
     def gathered(self) -> AbstractContextManager[Any]:
         """The context in which the engine runs the passes of one step, if it has one."""
-        context: AbstractContextManager[Any] = getattr(self.engine, "_gathered", nullcontext)()
+        context: AbstractContextManager[Any] = self.engine.gathered()
         return context
 
     def update(self) -> None:

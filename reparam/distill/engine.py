@@ -78,7 +78,7 @@ class Engine:
         """Take optimizer step number ``steps`` (from 1) on this process's part of a batch."""
         self.optimizer.zero_grad(set_to_none=True)
         pieces = _split(self.placed(batch), self.config.accumulate)
-        with self._gathered():
+        with self.gathered():
             for number, piece in enumerate(pieces, 1):
                 self._backward(piece, epoch, meter, 1 / len(pieces), number == len(pieces))
         if self.config.clip_grad:
@@ -135,7 +135,7 @@ class Engine:
                         self.scaler.scale(loss * share).backward()
                     del part, loss  # and with them the graph, before the next one is built
 
-    def _gathered(self) -> AbstractContextManager[Any]:
+    def gathered(self) -> AbstractContextManager[Any]:
         """The student's tensors are made once per step, and their gradients brought to the parameters at its end.
 
         Not with several processes, because DistributedDataParallel reduces a gradient in the backward pass itself;

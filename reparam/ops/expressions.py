@@ -194,7 +194,11 @@ class Sequence(Expression):
 
     def factors(self, read: Read, frame: Frame) -> Factors | None:
         """See the base class."""
-        if len(self.parts) != 2 or not all(isinstance(part, Weight) for part in self.parts):
+        if (
+            len(self.parts) != 2
+            or not isinstance(self.parts[0], (Weight, Sum))
+            or not isinstance(self.parts[1], Weight)
+        ):
             return None
         first = self.parts[0].kernel(read, frame)
         return factors.sequence(first, self.parts[1].kernel(read, replace(frame, inputs=first.outputs)))
@@ -266,11 +270,12 @@ class Sum(Expression):
         """See the base class; smaller kernels lie in the middle."""
         first, *others = self.parts
         products = [(part, part.factors(read, frame)) for part in others]
-        dense = [first, *(part for part, product in products if product is None)]
-        whole = algebra.add(*(_inside(part.kernel(read, frame), self.span) for part in dense))
+        dense = [part for part, product in products if product is None]
+        head, scale = (first.part, read(first.name)) if isinstance(first, Scaled) and not dense else (first, None)
+        whole = algebra.add(*(_inside(part.kernel(read, frame), self.span) for part in (head, *dense)))
         joined = [product for _, product in products if product is not None and product.joins(whole)]
         apart = [part for part, product in products if product is not None and not product.joins(whole)]
-        whole = factors.add(whole, joined)
+        whole = factors.add(whole, scale, joined)
         return algebra.add(whole, *(_inside(part.kernel(read, frame), self.span) for part in apart))
 
     def run(self, flow: Flow, read: Read, frame: Frame, training: bool) -> Flow:

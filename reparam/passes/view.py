@@ -128,7 +128,7 @@ class StudentView(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the student; inputs and outputs are those of the original model."""
         running = {b: self.network.get_submodule(b.module).training for b in self._narrow.branches if b.running}
-        values, tensors = self._tensors(running)
+        values, tensors = self.tensors(running)
         own = {name: tensors[name] for name in self.teacher.plan.statistics}
         with running_branches(running, tensors, values):
             result = functional_call(self.network, tensors, args, kwargs)
@@ -138,7 +138,12 @@ class StudentView(nn.Module):
                 tensor.copy_(tensors[name])
         return result
 
-    def _tensors(self, running: Collection[StudentBranches]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def tensors(self, running: Collection[StudentBranches] = ()) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the narrowed tensors of the branches, and the tensors that a forward pass of the student uses.
+
+        Args:
+            running: branches that run side by side instead of being merged.
+        """
         if self._gathering:
             return self._gathering[-1].tensors(running)
         values = self._narrow.narrowed()

@@ -13,6 +13,9 @@ from reparam.ops.recipes.conditions import three_taps
 from reparam.ops.recipes.registry import recipe
 from reparam.ops.recipes.site import Site, linear_, zeros_
 
+_SEPARABLE = 8
+"""Depthwise filters per input channel in the separable branch."""
+
 
 def _fits(site: Site) -> str:
     return three_taps(site) or ("a stride" if set(site.stride) - {1} else "")
@@ -29,33 +32,37 @@ def orepa(site: Site, *, branches: int = 6, pointwise: str = "published") -> Exp
     if not 1 <= branches <= 6:
         raise InputError(f"orepa has 1 to 6 branches, not {branches}")
     published = pointwise == "published"
-    point = site.point("point.weight", strided=True) if published else site.full("point.weight")
+    point: Expression = site.point("point.weight", strided=True) if published else site.full("point.weight")
     entry = site.point("serial.residual", outputs=site.inputs, start=zeros_) + site.identity("serial.identity")
-    parts = blocks(site, entry, site.inputs, point.scaled("point.scale", site.start(1.0 if published else 0.05)), 8)
-    return Sum(parts[:branches])
+    point = point.scaled("point.scale", site.start(1.0 if published else 0.05))
+    filters = _SEPARABLE * site.inputs
+    depthwise = site.full("separable.depthwise", outputs=filters, depthwise=True)
+    separable = depthwise >> site.point("separable.point", inputs=filters)
+    return Sum(blocks(site, entry, site.inputs, point, separable)[:branches])
 
 
 @recipe("orepa_small", fits=_fits)
-def orepa_small(site: Site, *, bottleneck: int = 8, filters: int = 1) -> Expression:
-    """Return the six branches for a fraction of their weights and of the work of merging them.
+def orepa_small(site: Site, *, bottleneck: int = 8) -> Expression:
+    """Return six branches like OREPA's for a fraction of their weights and of the work of merging them.
 
     ``orepa`` trains 30 C² weights per 3x3 layer of C channels and merges them with 9 C³ multiply-adds, nearly all of
-    both in two branches. Here the 1x1 in front of the KxK leads to ``C / bottleneck`` channels, and a channel has
-    ``filters`` depthwise filters instead of 8: 14.25 C² weights and 9/8 C³ multiply-adds, the layer's own 9 C² among
-    the former. Own variant of reparam; what it costs and how it learns stands in docs/benchmarks.md.
+    both in two branches. Here the 1x1 in front of the KxK leads to ``C / bottleneck`` channels, and the separable
+    branch is a 1x1 with one depthwise filter per output behind it: 14.25 C² weights and 9/8 C³ multiply-adds, the
+    layer's own 9 C² among the former. Own variant of reparam; what it costs stands in docs/benchmarks.md.
     """
-    if bottleneck < 1 or filters < 1:
-        raise InputError(f"bottleneck and filters are at least 1, not {bottleneck} and {filters}")
+    if bottleneck < 1:
+        raise InputError(f"bottleneck is at least 1, not {bottleneck}")
     inner = site.groups * max(1, site.inputs // site.groups // bottleneck)
     entry = site.point("serial.point", outputs=inner, start=linear_)
     point = site.point("point.weight", strided=True).scaled("point.scale", site.start(1.0))
-    return Sum(blocks(site, entry, inner, point, filters))
+    depthwise = site.full("separable.depthwise", site.outputs, site.outputs, depthwise=True)
+    return Sum(blocks(site, entry, inner, point, site.point("separable.point", start=linear_) >> depthwise))
 
 
-def blocks(site: Site, entry: Expression, inner: int, point: Expression, filters: int) -> tuple[Expression, ...]:
-    """Return the six branches: ``entry`` to ``inner`` channels leads to the fourth, ``point`` is the fifth."""
-    depthwise = site.full("separable.depthwise", outputs=filters * site.inputs, depthwise=True)
-    separable = depthwise >> site.point("separable.point", inputs=filters * site.inputs)
+def blocks(
+    site: Site, entry: Expression, inner: int, point: Expression, separable: Expression
+) -> tuple[Expression, ...]:
+    """Return the six branches: ``entry`` to ``inner`` channels leads to the fourth, then come the last two."""
     return (
         site.origin(scale=0.25),
         (site.point("average.point") >> site.average("average.window")).scaled("average.scale", site.start(0.25)),
