@@ -89,12 +89,16 @@ def surgery(data: dict[str, Any]) -> str:
         lines.append(
             f"\nA call of the view over one of the plain student, batch {view['batch']}: {', '.join(words)}.\n"
         )
+    if "limits" in data:
+        speed = data["limits"]["flops_per_second"] / 2 / GIGA
+        lines.append(f"Product of float64 matrices on this machine: {speed:.0f} G multiply-adds per second.\n")
     lines += _growth(data["growth"]) if "growth" in data else []
     if "import" in data:
         found = data["import"]
         lines.append(
-            f"`import reparam` with all public names: {found['reparam_seconds']['median']:.3f} s beyond torch's "
-            f"{found['torch_seconds']['median']:.2f} s; it imports "
+            f"`import reparam`: {found['reparam_seconds']['median']:.3f} s beyond torch's "
+            f"{found['torch_seconds']['median']:.2f} s, {found['every_name_seconds']['median']:.2f} s once every public "
+            f"name was used; it imports "
             f"{', '.join(found['also_imported']) or 'no timm, torchvision, sklearn or matplotlib'}.\n"
         )
     lines += [_large(data["large"])] if "large" in data else []

@@ -195,6 +195,19 @@ def test_surgery_within_its_budgets(budgets):
     assert budgets.over(surgery()) == [] and len(budgets.checked(surgery())) == 10
 
 
+def test_a_slower_machine_has_time_in_proportion(budgets):
+    data = {**surgery(), "limits": {"flops_per_second": budgets.FLOAT64 / 2}}
+    seconds = data["models"]["resnet18"]["seconds"]
+    seconds["expand"]["median"], seconds["extract"]["median"] = 4.0, 0.4
+    data["import"]["reparam_seconds"]["median"] = 0.6
+    assert budgets.over(data) == []
+    data["limits"]["flops_per_second"] = budgets.FLOAT64 * 2  # a faster one has no less
+    assert len(budgets.over(data)) == 3
+    data["limits"]["flops_per_second"] = budgets.FLOAT64 / 2
+    seconds["expand"]["median"] = 4.1
+    assert len(budgets.over(data)) == 1
+
+
 @pytest.mark.parametrize("what", list(SURGERY))
 def test_surgery_over_a_budget_is_found(budgets, what):
     data = surgery()

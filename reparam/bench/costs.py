@@ -22,7 +22,13 @@ HOW_BYTES_ARE_COUNTED = (
 _SMALL, _LARGE = (1024, 2**24), (8192, 2**28)
 """Side of the matrices and values of the copy: larger than the caches, and no more than that on a CPU."""
 
-_DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_DTYPES = {
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp64": torch.float64,
+}
 
 
 class _Traffic(TorchDispatchMode):
