@@ -97,8 +97,8 @@ def surgery(data: dict[str, Any]) -> str:
         found = data["import"]
         lines.append(
             f"`import reparam`: {found['reparam_seconds']['median']:.3f} s beyond torch's "
-            f"{found['torch_seconds']['median']:.2f} s, {found['every_name_seconds']['median']:.2f} s once every public "
-            f"name was used; it imports "
+            f"{found['torch_seconds']['median']:.2f} s, {found['every_name_seconds']['median']:.2f} s once every "
+            f"public name was used; it imports "
             f"{', '.join(found['also_imported']) or 'no timm, torchvision, sklearn or matplotlib'}.\n"
         )
     lines += [_large(data["large"])] if "large" in data else []
