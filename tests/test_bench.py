@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import statistics
 import types
 
 import pytest
@@ -328,10 +327,6 @@ def test_a_process_that_dies_is_an_error():
     dead = types.SimpleNamespace(exitcode=3)
     with pytest.raises(ReparamError, match="exit code 3"):
         scale._answer([dead], types.SimpleNamespace(empty=lambda: True))
-
-
-def test_medians_are_those_of_the_values():
-    assert timing.spread([3.0, 1.0, 2.0])["median"] == statistics.median([1.0, 2.0, 3.0])
 
 
 def test_outputs_of_networks_are_checked(tmp_path, capsys):

@@ -52,7 +52,7 @@ def test_parameters_are_counted(unet: Plan) -> None:
 
 
 def test_multiply_adds_of_resnet18() -> None:
-    """FACTS.md section 5: 1.814 G for the student, 7.019 G for the teacher (3.87x; the stem only 2x)."""
+    """Counted by hand: 1.814 G for the student, 7.019 G for the teacher (3.87x; the stem only 2x)."""
     import timm
 
     with torch.device("meta"):

@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, event, given, note, settings
 from hypothesis import strategies as st
 from test_kernels import error, values
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from reparam.errors import InputError, KernelError
 from reparam.ops import algebra, factors, recipes
@@ -417,6 +418,30 @@ def test_products_are_the_sum_of_the_parts_written_out(name: str, groups: int, m
     # Not vacuous: three to five branches do go through products, with groups not all.
     small = "small" in name
     assert max(counted) == 5 - ("released" in name) - (groups > 1) - (groups == 2 and not small)
+
+
+def test_a_scaled_norm_beside_a_product() -> None:
+    """The bias of the norm is scaled as well."""
+    site = site_of(4, 4)
+    expression = site.origin().normed("n").scaled("s", 0.5) + site.point("p", strided=True)
+    tensors = drawn(expression, site)
+    x = field(site)
+    merged = merge(expression, site, plain_frame(site), tensors.__getitem__)
+    assert merged.bias is not None and bool(merged.bias.any())
+    assert error(merged(x), run(expression, site, plain_frame(site), tensors.__getitem__, False, x, None)) <= EXACT
+
+
+@pytest.mark.parametrize("name", ["orepa", "orepa_small"])
+def test_multiply_adds_of_merging_are_all_counted(name: str) -> None:
+    """C = 16: serial C x T x 9 C, three or four products of the outputs' taps, eight of the inputs' in orepa."""
+    site = site_of(16, 16)
+    expression = recipes.get(name).expression(site)
+    tensors = drawn(expression, site)
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        merge(expression, site, plain_frame(site), tensors.__getitem__)
+    inner, products = (16, 3 + 8) if name == "orepa" else (2, 4)
+    assert counter.get_total_flops() // 2 == 9 * 16**2 * (inner + products)
 
 
 def test_second_derivatives_of_products() -> None:

@@ -56,6 +56,24 @@ def test_noise_sums_to_zero_and_leaves_the_students_block(layout: str, ratio: in
     assert others.numel() == 0 or bool((others != 0).all())
 
 
+UNEVEN = ReplicaMap(torch.tensor([0, 0, 1, 2, 2, 2, 3, 4, 4]).numpy(), 5)
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "uneven"])
+@pytest.mark.parametrize("power", [1.0, 0.5])
+def test_pulling_back_is_the_adjoint_of_narrowing(layout: str, power: float) -> None:
+    law = weight_map("default" if layout == "uneven" else layout, 3)
+    maps = {**law.maps, 1: UNEVEN} if layout == "uneven" else law.maps
+    law = ParamMap(law.shape, maps, (1,), power=power)
+    wide = sample(law.wide_shape).requires_grad_()
+    gradient = sample(law.shape)
+    (wanted,) = torch.autograd.grad(law.narrow(wide), wide, gradient)
+    into = sample(law.wide_shape)
+    start = into.clone()
+    law.pull_back(gradient, into)
+    assert error(into - start, wanted) <= 1e-14 and bool(wanted.any())
+
+
 @pytest.mark.parametrize("ratio", [2, 3, 4])
 @pytest.mark.parametrize("amplitude", [0.25, 1.0])
 def test_size_of_the_noise(ratio: int, amplitude: float) -> None:

@@ -170,6 +170,16 @@ def test_gathered_gradients_without_those_of_a_teacher() -> None:
     assert all(error(p.grad, wanted[n]) <= 1e-12 for n, p in teacher.named_parameters())
 
 
+def test_a_pass_without_gradients_inside_costs_the_next_none() -> None:
+    teacher = reparam.expand(net(), 2, example_input=X, branches="orepa", init="scratch")
+    view = reparam.student_view(teacher)
+    with view.gathered():
+        with torch.no_grad():
+            view(X)
+        view(X).square().mean().backward()
+    assert all(p.grad is not None for name, p in teacher.named_parameters() if "stem" in name)
+
+
 def test_an_error_inside_leaves_the_gradients_alone() -> None:
     teacher = teacher_of(net())
     view = reparam.student_view(teacher)

@@ -43,10 +43,11 @@ def narrowed(teacher: nn.Module, *, merging: bool) -> list[Tensor]:
     """Return the student's tensors that are computed from a teacher's parameters, with or without its branches."""
     view = reparam.student_view(teacher)
     apart: Any = () if merging else view._narrow.branches
-    found = view.tensors(apart)[1]
+    branches, student = view.tensors(apart)
+    found = [*student.values(), *(() if merging else branches.values())]
     own = {id(parameter) for parameter in teacher.parameters()}
     # Each once: tied weights have several names.
-    computed = {id(value): value for value in found.values() if value.requires_grad and id(value) not in own}
+    computed = {id(value): value for value in found if value.requires_grad and id(value) not in own}
     return list(computed.values())
 
 

@@ -26,7 +26,7 @@ from reparam.bench import records
 from reparam.bench.subjects import EngineStep, device_of, setting
 from reparam.bench.timing import interleaved, spread
 from reparam.distill.distributed import joined
-from reparam.distill.engine import precision
+from reparam.distill.engine import precision, tf32
 from reparam.errors import InputError, ReparamError
 
 METHODS = {"baseline": "plain student", "gpd": "GPD"}
@@ -46,8 +46,10 @@ def run(options: argparse.Namespace) -> int:
         raise InputError("--precision tf32 is a mode of CUDA GPUs; use fp32 on the CPU")
     found = {count: together(options, count) for count in counts}
     rows = rows_of(found, options.batch)
+    with tf32(options.precision in ("tf32", "bf16", "fp16")):  # as the processes had it
+        origin = records.origin(options, device)
     content = {
-        **records.origin(options, device),
+        **origin,
         "kind": "scale",
         "backend": "nccl" if device.type == "cuda" else "gloo",
         "threads": options.threads or 1,
@@ -61,7 +63,9 @@ def run(options: argparse.Namespace) -> int:
             f"{row['images_per_second']:>9.1f} images/s, efficiency {row['efficiency']:.2f}, "
             f"{row['reduced_bytes'] / 2**20:.2f} MiB reduced"
         )
-    name = re.sub(r"[^\w.+-]", "_", f"scale-{records.public(options.model)}-batch{options.batch}-{device.type}")
+    words = ["scale", records.public(options.model), f"batch{options.batch}", f"{options.size}", options.precision]
+    words += [*([options.branches] if options.branches else []), device.type]
+    name = re.sub(r"[^\w.+-]", "_", "-".join(words))
     print(f"wrote {records.write(folder, name, content)}")
     return 0
 

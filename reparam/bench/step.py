@@ -154,6 +154,7 @@ def _add_gpd(bench: Bench, options: argparse.Namespace, recipe: str | None, stat
     bench.facts[name] = {
         "layers_with_branches": len(branches),
         "multiply_adds_of_merging": sum(branch.merge_multiply_adds for branch in branches),
+        "multiply_adds_of_merging_in_the_teacher": sum(branch.wide_merge_multiply_adds for branch in branches),
     }
 
 

@@ -19,7 +19,7 @@ from reparam.bench.timing import Job, kept, nbytes, states
 from reparam.distill.config import TrainConfig
 from reparam.distill.data import Facts
 from reparam.distill.distributed import Group, resolve_device
-from reparam.distill.engine import Engine
+from reparam.distill.engine import Engine, tf32
 from reparam.distill.meter import Meter
 from reparam.distill.methods.base import Batch
 from reparam.distill.networks import make_networks
@@ -276,7 +276,7 @@ def with_branches(where: Setting, student: nn.Module, recipe: str) -> tuple[nn.M
 
 def difference(one: nn.Module, other: nn.Module, images: Tensor) -> float:
     """Return the largest difference of two networks' outputs, relative to the largest output."""
-    with torch.no_grad():
+    with torch.no_grad(), tf32(False):
         first, second = one(images), other(images)
     return float(f"{(first - second).abs().max() / first.abs().max():.3g}")
 

@@ -4,7 +4,8 @@ A pointwise operator, alone or with another one before or behind it, has the ker
 ``W[o, i, tap] = sum_k channels[o, i, k] taps[o or i, k, tap]``. Many branches are of this form: OREPA's average, prior
 and 1x1 (taps of the output), its depthwise-separable branch (taps of the input), and its 1x1 in front of a full kernel
 (channels that all outputs share). Written out, each would be as large as the whole kernel, several times over with its
-gradients; as products those of one kind are added in one pass, in place.
+gradients; as products those of one kind are added in one pass, in place. With TF32 switched on, a GPU rounds what goes
+into the products, as it does in the convolution that uses the kernel.
 """
 
 from __future__ import annotations
@@ -119,16 +120,19 @@ def add(kernel: Kernel, scale: Tensor | None, products: Sequence[Factors]) -> Ke
         pairs.append(torch.cat([product.placed(kernel.size) for product in chosen], 1) if chosen else None)
     # A compiler joins the operators of forward and backward itself.
     total = _total if torch.compiler.is_compiling() else _Total.apply
-    return replace(kernel, weight=total(kernel.weight, scale, *pairs))
+    bias = kernel.bias if kernel.bias is None or scale is None else kernel.bias * scale
+    return replace(kernel, weight=total(kernel.weight, scale, *pairs), bias=bias)
 
 
 def _total(weight: Tensor, scale: Tensor | None, *pairs: Tensor | None) -> Tensor:
     """Scale a weight [O, I / groups, *size] and add channels and taps of each kind; one new tensor, filled in place."""
-    result = (weight.clone() if scale is None else weight * scale.reshape(-1, *(1,) * (weight.dim() - 1))).contiguous()
-    flat = result.flatten(2)
+    result = weight.clone() if scale is None else weight * scale.reshape(-1, *(1,) * (weight.dim() - 1))
+    flat = result.contiguous().flatten(2)
     channels, taps, *rest = pairs
     if channels is not None and taps is not None:
-        flat.baddbmm_(channels.permute(1, 2, 0), taps)
+        # Not baddbmm_: torch's flop counter knows the other two.
+        out = None if torch.is_grad_enabled() else flat
+        flat = torch.baddbmm(flat, channels.permute(1, 2, 0), taps, out=out)
     channels, taps, *rest = rest
     if channels is not None and taps is not None:
         flat.add_(torch.bmm(channels.permute(2, 1, 0), taps).transpose(0, 1))
@@ -136,7 +140,9 @@ def _total(weight: Tensor, scale: Tensor | None, *pairs: Tensor | None) -> Tenso
     if channels is not None and taps is not None:
         columns = channels[:, 0].T @ taps.transpose(0, 1).flatten(1)  # [I, outputs x taps]
         flat.add_(columns.unflatten(1, (len(weight), -1)).transpose(0, 1))
-    return result
+    whole = flat.reshape(weight.shape)
+    last = weight.dim() == 4 and not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
+    return whole.contiguous(memory_format=torch.channels_last) if last else whole
 
 
 class _Total(torch.autograd.Function):

@@ -132,7 +132,8 @@ class Gathering:
             self._leaves = {name: source.leaf() for name, source in self._narrowing.sources.items()}
         key = frozenset(branch.name for branch in running)
         if key not in self._merged:
-            merged = self._narrowing.merged(self._leaves, running)
+            with torch.enable_grad():  # the first pass may be one without gradients
+                merged = self._narrowing.merged(self._leaves, running)
             apart = {id(t): t.detach().requires_grad_() for t in merged.values() if t.grad_fn is not None}
             self._merged[key] = merged, {name: apart.get(id(t), t) for name, t in merged.items()}
         return self._leaves, dict(self._merged[key][1])  # a copy: functional_call writes into what it is given

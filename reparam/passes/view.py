@@ -15,7 +15,7 @@ from reparam.errors import InputError
 from reparam.passes.blocks import StudentBranches, running_branches
 from reparam.passes.narrowing import Gathering, Narrowing
 from reparam.passes.plan import STATISTICS
-from reparam.passes.skeleton import rebuild
+from reparam.passes.skeleton import named_tensors, rebuild
 from reparam.passes.teacher import Teacher, require_teacher
 
 
@@ -51,9 +51,14 @@ def extract(teacher: nn.Module) -> nn.Module:
     """
     owner = require_teacher(teacher)
     _warn_of_old_statistics(owner)
-    tensors = Narrowing(owner)()
+    shared = {tensor.untyped_storage().data_ptr() for _, tensor in named_tensors(owner)}
+
+    def own(tensor: Tensor) -> Tensor:
+        return tensor.clone() if tensor.untyped_storage().data_ptr() in shared else tensor
+
     with torch.no_grad():
-        student = rebuild(owner.skeleton, lambda name, _meta: tensors[name].detach().clone())
+        tensors = Narrowing(owner)()
+        student = rebuild(owner.skeleton, lambda name, _meta: own(tensors[name]))
     modes = owner._views[0].modes() if owner._views else None
     for name, module in student.named_modules():
         module.training = modes[name] if modes is not None else _mode(owner, name)

@@ -45,10 +45,11 @@ def orepa(site: Site, *, branches: int = 6, pointwise: str = "published") -> Exp
 def orepa_small(site: Site, *, bottleneck: int = 8) -> Expression:
     """Return six branches like OREPA's for a fraction of their weights and of the work of merging them.
 
-    ``orepa`` trains 30 C² weights per 3x3 layer of C channels and merges them with 9 C³ multiply-adds, nearly all of
-    both in two branches. Here the 1x1 in front of the KxK leads to ``C / bottleneck`` channels, and the separable
-    branch is a 1x1 with one depthwise filter per output behind it: 14.25 C² weights and 9/8 C³ multiply-adds, the
-    layer's own 9 C² among the former. Own variant of reparam; what it costs stands in docs/benchmarks.md.
+    ``orepa`` has 30 C² weights per 3x3 layer of C channels, 17 of them in its serial and its separable branch, and the
+    serial one takes 9 C³ of the multiply-adds of merging. Here the 1x1 in front of the KxK leads to ``C / bottleneck``
+    channels, and the separable branch is a 1x1 with one depthwise filter per output behind it: 14.25 C² weights, the
+    layer's own 9 C² among them, and 9/8 C³ multiply-adds. Own variant of reparam; docs/benchmarks.md says what it
+    costs.
     """
     if bottleneck < 1:
         raise InputError(f"bottleneck is at least 1, not {bottleneck}")
