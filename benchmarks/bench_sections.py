@@ -10,7 +10,7 @@ GIGA = 1e9
 MIB = 2**20
 
 
-def step(data: dict[str, Any]) -> str:
+def step(data: dict[str, Any], with_budgets: bool = True) -> str:
     """Return the tables of a training step and of its parts."""
     switches = [word for word in ("compile", "channels_last", "cuda_graph") if data[word]]
     how = ", ".join([data["precision"], data["optimizer"], *switches, f"{data['threads']} threads"])
@@ -43,7 +43,13 @@ def step(data: dict[str, Any]) -> str:
             *(f"{row[key] / MIB:.1f}" for key in ("parameter_bytes", "gradient_bytes", "optimizer_bytes")),
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *_parts(data), *_budgets(data)])
+    return "\n".join([*lines, "", *_parts(data), *(_budgets(data) if with_budgets else [])])
+
+
+def before(data: dict[str, Any]) -> str:
+    """Return the same of a step before a change, for which there is no budget."""
+    text = step(data, with_budgets=False)
+    return text.replace("### Step:", "### Before the changes for speed:", 1)
 
 
 def _parts(data: dict[str, Any]) -> list[str]:
