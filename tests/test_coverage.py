@@ -112,7 +112,7 @@ def test_a_run_its_file_its_page_and_what_a_second_run_does(folder: Path, capsys
 
 def test_what_goes_wrong_costs_one_row(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = ("nets.py:slow", "nets.py:dies", "nets.py:broken", "nets.py:Net")
-    code, out, _ = call(capsys, *names, "--time-limit", "10", "--page", "page.md")
+    code, out, _ = call(capsys, *names, "--time-limit", "25", "--page", "page.md")
     assert code == 1
     found = rows(folder / "coverage.json")
     assert [found[name]["status"] for name in names] == ["timeout", "error", "error", "ok"]
