@@ -55,7 +55,7 @@ def test_patterns(spec, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--branches", "orpea"], "unknown branch recipe 'orpea'; did you mean 'orepa'?"),
+        (["--branches", "orpea"], "unknown branch recipe 'orpea'; did you mean 'orepa', 'orepa_small'?"),
         (["--branches", "7=expandnet:variant=ck"], "fit where entry '7' wants it: 7.weight: variant 'ck' is for"),
         (["--branches", "dbb", "3=none"], "entry '3' decides no layer: the first entry that matches counts"),
         (["--branches", "9=dbb"], "branches entry '9' matches no convolution or linear layer"),

@@ -60,7 +60,11 @@ def test_noise(noise: Any) -> None:
 
 
 def test_branches() -> None:
-    both(net(), r"unknown branch recipe 'orpea'; did you mean 'orepa'\?; there are acb, ", branches="orpea")
+    both(
+        net(),
+        r"unknown branch recipe 'orpea'; did you mean 'orepa', 'orepa_small'\?; there are acb, ",
+        branches="orpea",
+    )
     both(net(), r"a branch recipe is a name or a Recipe, not int; there are acb, ", branches=6)
     both(
         net(),
