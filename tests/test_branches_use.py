@@ -584,7 +584,9 @@ def test_verification_sees_a_wrong_map(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe_name", KINDS)
+@pytest.mark.parametrize(
+    "recipe_name", [KINDS[0], *(pytest.param(kind, marks=pytest.mark.thorough) for kind in KINDS[1:])]
+)
 def test_compiled(recipe_name: str) -> None:
     teacher = branched("cnn", recipe_name, 2)
     waken(teacher)

@@ -124,8 +124,14 @@ def test_a_timm_network_says_what_it_takes(tmp_path: Path) -> None:
     assert compare(model, tmp_path / "net.onnx") == report
 
 
+def _thorough(*names: str) -> list[Any]:
+    return [pytest.param(name, marks=pytest.mark.thorough) for name in names]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["resnet18", "convnext_atto", "levit_128s", "efficientnet_b0", "vit_tiny_patch16_224"])
+@pytest.mark.parametrize(
+    "name", ["resnet18", "vit_tiny_patch16_224", *_thorough("convnext_atto", "levit_128s", "efficientnet_b0")]
+)
 def test_timm_networks(tmp_path: Path, name: str) -> None:
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=7).eval()

@@ -23,7 +23,7 @@ COMMON = {
     "deadline": None, "print_blob": True, "database": None,
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
 }  # fmt: skip
-CI = settings(max_examples=int(os.environ.get("RANDOM_NETWORKS", "200")), derandomize=True, **COMMON)
+CI = settings(max_examples=int(os.environ.get("RANDOM_NETWORKS", "120")), derandomize=True, **COMMON)
 THOROUGH = settings(max_examples=10_000, derandomize=False, phases=(Phase.generate, Phase.shrink), **COMMON)
 
 

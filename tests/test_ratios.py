@@ -611,7 +611,7 @@ def test_resnet18() -> None:
     assert made.coverage == 1.0 and not made.contractions and not any(e.steps for e in made.edits.values())
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_mobilenetv2() -> None:
     model = timm_model("mobilenetv2_035")
     x = sample(SIZE).float()

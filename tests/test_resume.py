@@ -102,7 +102,10 @@ def stop_after(monkeypatch, number):
     monkeypatch.setattr(Engine, "step", stopping)
 
 
-@pytest.mark.parametrize("case", CASES)
+ALIKE = ("gpd+kdiffusion-average",)  # runs the code of gpd+kdiffusion, for as long
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.thorough) if c in ALIKE else c for c in CASES])
 def test_stopped_and_resumed_is_the_same_run(tmp_path, nets, teacher_run, monkeypatch, order, case):
     """Stopped inside an epoch, for some cases also at the end of one, against a run in one go."""
     train(settings(case, nets, teacher_run, tmp_path / "whole"))
