@@ -63,12 +63,12 @@ def merged(teacher: Teacher) -> list[Tensor]:
 
 def _both_ways(step: EngineStep, compute: Callable[[], Sequence[Tensor]]) -> Callable[[], None]:
     """Return what computes tensors from parameters, and the gradients of the parameters from those of the tensors."""
-    with step.gathered():
+    with step.engine.gathered():
         given = [torch.ones_like(value, memory_format=torch.preserve_format) for value in compute()]
 
     def run() -> None:
         step.engine.optimizer.zero_grad(set_to_none=True)
-        with step.gathered():
+        with step.engine.gathered():
             values = compute()
             if values:
                 torch.autograd.backward(values, given)

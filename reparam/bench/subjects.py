@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from reparam.bench.timing import Job, kept, nbytes, states
 from reparam.distill.config import TrainConfig
 from reparam.distill.data import Facts
 from reparam.distill.distributed import Group, resolve_device
-from reparam.distill.engine import Engine, tf32
+from reparam.distill.engine import Engine, autocast, tf32
 from reparam.distill.meter import Meter
 from reparam.distill.methods.base import Batch
 from reparam.distill.networks import make_networks
@@ -28,8 +28,6 @@ from reparam.distill.runs import assemble
 from reparam.distill.statics import StaticTeacher
 from reparam.distill.students import build, check_fit
 from reparam.errors import InputError
-
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -55,8 +53,7 @@ class Setting:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context in which networks run."""
-        dtype = _AUTOCAST.get(self.config.precision)
-        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
+        return autocast(self.config, self.device)
 
     def build(self, spec: str, option: str = "--model") -> nn.Module:
         """Return a network of the wanted classes and channels with the same random weights each time, on the device.
@@ -206,16 +203,11 @@ class EngineStep:
     def learn(self, name: str) -> None:
         """Forward and backward of one learner alone, against the labels."""
         self.engine.optimizer.zero_grad(set_to_none=True)
-        with self.gathered():
+        with self.engine.gathered():
             with self.engine.autocast():
                 logits = self.engine.learners(name, self.where.batch.images).logits
                 loss = F.cross_entropy(logits, self.where.batch.labels)
             self.engine.scaler.scale(loss).backward()
-
-    def gathered(self) -> AbstractContextManager[Any]:
-        """The context in which the engine runs the passes of one step, if it has one."""
-        context: AbstractContextManager[Any] = self.engine.gathered()
-        return context
 
     def update(self) -> None:
         """Clip and let the optimizer step on the gradients that are there."""

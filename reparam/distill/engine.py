@@ -108,8 +108,7 @@ class Engine:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context in which networks run."""
-        dtype = _AUTOCAST.get(self.config.precision)
-        return nullcontext() if dtype is None else torch.autocast(self.group.device.type, dtype)
+        return autocast(self.config, self.group.device)
 
     def end_epoch(self) -> None:
         """Give all processes the mean of their norm statistics, also of the averaged weights."""
@@ -205,6 +204,12 @@ def _split(batch: Batch, count: int) -> list[Batch]:
     images, labels, indices = (value.split(size) for value in (batch.images, batch.labels, batch.indices))
     targets: Sequence[Tensor | None] = [None] * len(images) if batch.targets is None else batch.targets.split(size)
     return [Batch(*columns) for columns in zip(images, labels, targets, indices, strict=True)]
+
+
+def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager[Any]:
+    """The context in which networks run: automatic mixed precision if the settings say so."""
+    dtype = _AUTOCAST.get(config.precision)
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 def precision(config: TrainConfig) -> AbstractContextManager[None]:
