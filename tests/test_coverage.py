@@ -116,7 +116,7 @@ def test_what_goes_wrong_costs_one_row(folder: Path, capsys: pytest.CaptureFixtu
     assert code == 1
     found = rows(folder / "coverage.json")
     assert [found[name]["status"] for name in names] == ["timeout", "error", "error", "ok"]
-    assert found["nets.py:slow"]["error"]["message"] == "not done after 10 s"
+    assert found["nets.py:slow"]["error"]["message"] == "not done after 25 s"
     assert found["nets.py:dies"]["error"]["message"] == "the process ended with exit code 3"
     assert "no weights | today (at nets.py:" in found["nets.py:broken"]["error"]["message"]
     (entry,) = found["nets.py:Net"]["contractions"]
