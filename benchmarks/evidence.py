@@ -154,7 +154,10 @@ def main() -> int:
 
 
 def _start(config: TrainConfig) -> BaseProcess:
-    process = get_context("spawn").Process(target=run, args=(config,))
+    # Every run in a fresh process, forked from one that has imported the libraries and nothing else.
+    server = get_context("forkserver")
+    server.set_forkserver_preload(["reparam.distill.chain", "reparam.distill.trainer", "timm", "matplotlib.pyplot"])
+    process = server.Process(target=run, args=(config,))
     process.start()
     return process
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -123,11 +124,10 @@ def _list_recipes() -> int:
 
 
 def _require_libraries() -> None:
+    # Looked for, not imported: some runs need no scikit-learn or matplotlib, which take seconds to import.
     for module in ("timm", "torchvision", "sklearn", "tqdm", "yaml", "matplotlib"):
-        try:
-            __import__(module)
-        except ModuleNotFoundError as error:
-            raise InputError(f"training needs {error.name}; pip install 'reparam[train]'") from error
+        if importlib.util.find_spec(module) is None:
+            raise InputError(f"training needs {module}; pip install 'reparam[train]'")
 
 
 def _add(group: Any, name: str, option: Option, default: Any, shown: bool) -> None:
