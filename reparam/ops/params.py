@@ -81,12 +81,16 @@ class ParamMap:
         wide = value.detach()
         for dim in self.divide:
             wide = wide / self._divisor(dim, self.maps[dim].counts, wide)
+        real = value.numel() > 0 and value.is_floating_point() and value.device.type != "meta"
+        noisy = bool(amplitude) and self.noise is not None and real
+        scale = amplitude * _root_mean_square(value.detach()) if noisy else 0.0
+        if noisy and self._in_default_layout():
+            return self._with_noise(wide, scale, generator)
         # Repeating a dimension of size 1 gives a view whose replicas share their memory.
         wide = repeat_all(wide, self.maps).contiguous()
         wide = wide.clone(memory_format=torch.contiguous_format) if wide.data_ptr() == value.data_ptr() else wide
-        real = value.numel() > 0 and value.is_floating_point() and value.device.type != "meta"
-        if amplitude and self.noise is not None and real:
-            self._add_noise(wide, amplitude * _root_mean_square(value.detach()), generator)
+        if noisy:
+            self._add_noise(wide, scale, generator)
         return wide
 
     def narrow(self, wide: Tensor) -> Tensor:
@@ -159,6 +163,32 @@ class ParamMap:
         for rank, rows in enumerate(_replica_positions(out_map)):
             _noise_block(view, rows, columns if rank else columns[1:], scale / len(columns), generator)
 
+    def _in_default_layout(self) -> bool:
+        """Whether only the dimensions with noise are mapped, each with the same number of replicas, innermost."""
+        assert self.noise is not None
+        dims = {self.noise.out_dim, self.noise.in_dim}
+        return self.noise.in_dim in self.maps and all(
+            dim in dims and replica_map.innermost is not None for dim, replica_map in self.maps.items()
+        )
+
+    def _with_noise(self, value: Tensor, scale: float, generator: torch.Generator | None) -> Tensor:
+        """Return the replicas of ``value`` with the noise of :meth:`_add_noise`: each number is written once."""
+        assert self.noise is not None
+        counts = [
+            m.innermost or 1 if m is not None else 1
+            for m in map(self.maps.get, (self.noise.out_dim, self.noise.in_dim))
+        ]
+        wide = value.new_empty(self.wide_shape)
+        dims = (self.noise.out_dim, self.noise.in_dim)
+        value, view = value.movedim(dims, (0, 1)), wide.movedim(dims, (0, 1))
+        for row in range(counts[0]):
+            slots = [view[row :: counts[0], column :: counts[1]] for column in range(counts[1])]
+            quiet = 0 if row and len(slots) > 1 else 1 if len(slots) > 2 else len(slots)
+            for slot in slots[:quiet]:
+                slot.copy_(value)
+            _write_noisy(slots[quiet:], value, scale / len(slots), generator)
+        return wide
+
     def to_json(self) -> dict[str, Any]:
         """Return a JSON value."""
         return {
@@ -229,6 +259,22 @@ def _replica_positions(replica_map: ReplicaMap) -> list[Positions]:
     return positions
 
 
+def _write_noisy(slots: list[Tensor], value: Tensor, scale: float, generator: torch.Generator | None) -> None:
+    """Write ``value`` plus noise into each of the slots so that the noise sums to zero over them."""
+    total: Tensor | None = None
+    for slot in slots[:-1]:
+        eps = _draw(value.shape, scale, generator, value)
+        total = eps if total is None else total + eps
+        torch.add(value, eps, out=slot)
+    if total is not None:  # the last one takes what is missing to zero
+        torch.sub(value, total, out=slots[-1])
+
+
+def _draw(shape: torch.Size, scale: float, generator: torch.Generator | None, like: Tensor) -> Tensor:
+    """Draw noise; on the CPU, since a seed has to mean the same on every device."""
+    return torch.randn(shape, generator=generator).mul_(scale).to(like.device, like.dtype)
+
+
 def _noise_block(
     view: Tensor, rows: Positions, columns: list[Positions], scale: float, generator: torch.Generator | None
 ) -> None:
@@ -238,11 +284,10 @@ def _noise_block(
     total: Tensor | None = None
     for k, column in enumerate(columns):
         block = view[rows][:, column]
-        # The last replica takes what is missing to zero. Drawn on the CPU: a seed means the same on every device.
-        if total is not None and k == len(columns) - 1:
+        if total is not None and k == len(columns) - 1:  # the last replica takes what is missing to zero
             eps = total.neg_()
         else:
-            eps = torch.randn(block.shape, generator=generator).mul_(scale).to(view.device, view.dtype)
+            eps = _draw(block.shape, scale, generator, view)
             total = eps if total is None else total + eps
         if isinstance(rows, slice) and isinstance(column, slice):
             block += eps

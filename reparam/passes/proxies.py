@@ -5,11 +5,12 @@ from __future__ import annotations
 import builtins
 import contextlib
 import dis
+import functools
 import itertools
 import operator
 import sys
 from collections.abc import Iterator
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 from torch import Tensor, fx
@@ -145,8 +146,13 @@ def proxies_have_types() -> Iterator[None]:
 
 def _is_assert(frame: FrameType) -> bool:
     """Whether the truth value is asked for by an ``assert`` statement, which is then dropped."""
-    instructions = [i for i in dis.get_instructions(frame.f_code) if i.opname not in ("CACHE", "NOT_TAKEN", "TO_BOOL")]
-    current = max((k for k, i in enumerate(instructions) if i.offset <= frame.f_lasti), default=0)
+    return _asserts(frame.f_code, frame.f_lasti)
+
+
+@functools.lru_cache(maxsize=1024)
+def _asserts(code: CodeType, last: int) -> bool:
+    instructions = [i for i in dis.get_instructions(code) if i.opname not in ("CACHE", "NOT_TAKEN", "TO_BOOL")]
+    current = max((k for k, i in enumerate(instructions) if i.offset <= last), default=0)
     following = [i.opname for i in instructions[current : current + 3]]
     # The jump over ``raise AssertionError``, as CPython 3.10 to 3.14 write it.
     raises = ("LOAD_ASSERTION_ERROR", "LOAD_COMMON_CONSTANT")

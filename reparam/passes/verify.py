@@ -75,7 +75,8 @@ def verify(model: nn.Module, capture: Capture, rewritten: Rewritten, plan: Plan,
     Raises:
         VerificationError: a node differs; names node, operator, module and source line.
     """
-    plain, tensors = _student_tensors(model), _teacher_tensors(model, plan)
+    plain = _student_tensors(model)
+    tensors = _teacher_tensors(model, plan, plain)
     student = World(capture.graph, capture.root, plain)
     if plan.branches:
         trial = Trial(plan, canonical_names(model), plain, tensors)
@@ -279,27 +280,33 @@ def _largest(value: Tensor) -> float:
 
 def _student_tensors(model: nn.Module) -> Fetch:
     tensors = dict(named_tensors(model))
+    constant: dict[str, bool] = {}
 
     def fetch(name: str) -> Any:
         tensor = tensors.get(name)
-        return None if tensor is None else _varied(name, tensor.detach())
+        if tensor is None:
+            return None
+        tensor = tensor.detach()
+        if not tensor.is_floating_point():
+            return tensor.clone()
+        if name not in constant:  # each is fetched for both networks and for the model
+            constant[name] = _is_constant(tensor)
+        value = tensor.to(torch.float64, copy=True)
+        if constant[name]:
+            generator = torch.Generator().manual_seed(sum(name.encode()))
+            value += 0.25 * torch.rand(value.shape, generator=generator, dtype=torch.float64).to(value.device)
+        return value
 
     return fetch
 
 
-def _varied(name: str, tensor: Tensor) -> Tensor:
-    if not tensor.is_floating_point():
-        return tensor.clone()
-    value = tensor.double()
-    head = value.flatten()[:16]
-    if value.numel() > 1 and bool((head == head[0]).all()) and bool((value == head[0]).all()):
-        generator = torch.Generator().manual_seed(sum(name.encode()))
-        value = value + 0.25 * torch.rand(value.shape, generator=generator, dtype=torch.float64).to(value.device)
-    return value
+def _is_constant(tensor: Tensor) -> bool:
+    head = tensor.flatten()[:16]
+    return tensor.numel() > 1 and bool((head == head[0]).all()) and bool((tensor == head[0]).all())
 
 
-def _teacher_tensors(model: nn.Module, plan: Plan) -> Fetch:
-    canonical, student = canonical_names(model), _student_tensors(model)
+def _teacher_tensors(model: nn.Module, plan: Plan, student: Fetch) -> Fetch:
+    canonical = canonical_names(model)
 
     def fetch(name: str) -> Any:
         value = student(canonical.get(name, name))
