@@ -195,7 +195,7 @@ def _parse() -> argparse.Namespace:
         help="suite gap: recipe with the weights and temperatures of Gap-KD",
     )
     own.add_argument("--compute", type=int, default=5, help="how many times the epochs cost what GPD costs")
-    own.add_argument("--arms", help="parts of the names of arms to run, separated by |")
+    own.add_argument("--arms", help="names of the arms to run, or parts of names, separated by |")
     own.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     own.add_argument("--minutes", type=float, help="stop after this time; the same command goes on")
     own.add_argument("--runs", type=Path, required=True, help="folder for the runs; finished ones are not repeated")
@@ -224,7 +224,9 @@ def _chosen(found: list[Arm], default: int, options: argparse.Namespace) -> list
     if options.arms is None:
         return found[:default]
     parts = options.arms.split("|")
-    chosen = [arm for arm in found if any(part in arm.name for part in parts)]
+    names = {arm.name for arm in found}
+    # A whole name means that arm, not those whose names go on behind it.
+    chosen = [arm for arm in found if arm.name in parts or any(part in arm.name for part in parts if part not in names)]
     if not chosen:
         sys.exit(f"no arm matches {options.arms!r}; arms: {'; '.join(arm.name for arm in found)}")
     return chosen
