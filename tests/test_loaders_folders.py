@@ -72,6 +72,7 @@ def test_normalisation_on_the_device_and_in_the_transform_agree(root):
 # Workers ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a machine with one core
 def test_workers_change_nothing(root):
     """Also in later epochs of the same workers, after a start in the middle, and after an epoch was given up."""
     damage(root, "train", 3, 11)
@@ -87,6 +88,7 @@ def test_workers_change_nothing(root):
         assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a machine with one core
 def test_an_unreadable_image_in_a_worker(root):
     (path,) = damage(root, "train", 7)
     with pytest.raises(DataError) as caught:
