@@ -80,7 +80,7 @@ def test_workers_change_nothing(root):
     with pytest.warns(UserWarning, match="is not a readable image") as caught:
         alone, helped = loader_of(root, **settings), loader_of(root, workers=2, **settings)
         assert all_same(alone.train(1), helped.train(1))
-    assert len(caught) == 4
+    assert len([entry for entry in caught if "readable" in str(entry.message)]) == 4
     assert all_same(alone.train(2, 3), helped.train(2, 3))
     next(iter(helped.train(3)))
     assert all_same(alone.train(3, order=1), helped.train(3, order=1))
