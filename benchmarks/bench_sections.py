@@ -47,9 +47,10 @@ def step(data: dict[str, Any], with_budgets: bool = True) -> str:
 
 
 def before(data: dict[str, Any]) -> str:
-    """Return the same of a step before a change, for which there is no budget."""
-    text = step(data, with_budgets=False)
-    return text.replace("### Step:", "### Before the changes for speed:", 1)
+    """Return the same of a step or of surgery before a change, for which there is no budget."""
+    if data["kind"] == "surgery":
+        return surgery(data, with_budgets=False).replace("### Surgery:", "### Before the changes for speed:")
+    return step(data, with_budgets=False).replace("### Step:", "### Before the changes for speed:", 1)
 
 
 def _parts(data: dict[str, Any]) -> list[str]:
@@ -74,7 +75,7 @@ def _budgets(data: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
-def surgery(data: dict[str, Any]) -> str:
+def surgery(data: dict[str, Any], with_budgets: bool = True) -> str:
     """Return the tables of surgery; of the script before `reparam bench` as well."""
     if data.get("kind") != "surgery":
         return _earlier_surgery(data)
@@ -108,7 +109,7 @@ def surgery(data: dict[str, Any]) -> str:
             f"{', '.join(found['also_imported']) or 'no timm, torchvision, sklearn or matplotlib'}.\n"
         )
     lines += [_large(data["large"])] if "large" in data else []
-    return "\n".join([*lines, *_budgets(data)])
+    return "\n".join([*lines, *(_budgets(data) if with_budgets else [])])
 
 
 def _growth(data: dict[str, Any]) -> list[str]:

@@ -212,6 +212,7 @@ PAGES: dict[str, dict[str, Section]] = {
     "benchmarks.md": {
         "step": bench_sections.step,
         "before-step": bench_sections.before,
+        "before-surgery": bench_sections.before,
         "surgery": bench_sections.surgery,
         "scale": bench_sections.scale,
         "branches": bench_sections.branches,

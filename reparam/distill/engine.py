@@ -16,6 +16,7 @@ from reparam.distill.distributed import Group, SyncStatistics
 from reparam.distill.meter import Meter
 from reparam.distill.methods.base import Batch, Outputs
 from reparam.distill.networks import Learners, Networks, parts
+from reparam.distill.optim import load_state
 from reparam.distill.statics import StaticTeacher
 from reparam.passes.view import StudentView
 
@@ -169,7 +170,7 @@ class Engine:
         self.learners.losses.load_state_dict(state["losses"], strict=True)
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"], strict=True)
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_state(self.optimizer, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.scheduler.step_update(steps)
 

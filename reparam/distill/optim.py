@@ -47,6 +47,22 @@ def make_optimizer(
     return create_optimizer_v2(groups, opt=name, lr=config.lr, weight_decay=config.weight_decay or 0.0, **options)
 
 
+def load_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Load the state of an optimizer; its tensors take the memory format of their parameters.
+
+    torch's fused kernels on the CPU go through the memory of weight, gradient and momentum side by side and do not look
+    at strides (2.14): a momentum that was saved in another memory format would be added to the wrong weights. Gradients
+    need no such care, automatic differentiation gives them the strides of the parameter.
+    """
+    optimizer.load_state_dict(dict(state))
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if not isinstance(value, torch.Tensor) or value.shape != parameter.shape:
+                continue
+            if value.stride() != parameter.stride():
+                values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
 def _groups(
     model: nn.Module, config: TrainConfig, exempt: frozenset[str], divisors: Mapping[str, float] | None
 ) -> list[dict[str, Any]]:
