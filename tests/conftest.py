@@ -21,3 +21,11 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else cores * MEMORY
     return max(1, min(cores, memory // MEMORY))
+
+
+@pytest.fixture
+def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs end without a plot of their curves, for tests of something else: drawing takes longer than a short run."""
+    from reparam.distill import finish
+
+    monkeypatch.setattr(finish, "_draw", lambda folder: None)

@@ -334,14 +334,19 @@ DAMAGE: list[tuple[str, Any]] = [
 ]  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def normed() -> Teacher:
+    """A teacher that is not changed."""
+    return branched("cnn", "dbb", 2)
+
+
 @pytest.mark.parametrize(("field", "value"), DAMAGE, ids=str)
-def test_a_damaged_plan(field: str, value: Any, tmp_path: Path) -> None:
+def test_a_damaged_plan(field: str, value: Any, normed: Teacher, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     path = tmp_path / "t.safetensors"
-    teacher = branched("cnn", "dbb", 2)
-    reparam.save(teacher, path)
-    data = json.loads(teacher.plan.to_json())
+    reparam.save(normed, path)
+    data = json.loads(normed.plan.to_json())
     data["branches"][1]["site"][field] = value
     save_file(load_file(path), path, metadata={"reparam_plan": json.dumps(data)})
     with pytest.raises(FormatError):
@@ -350,13 +355,12 @@ def test_a_damaged_plan(field: str, value: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("field", "value"), [("norms", ["nothing"]), ("bias", "nothing"), ("recipe", "orepa:x=1"),
                                               ("norms", 3), ("recipe", 3), ("parameters", "x")], ids=str)  # fmt: skip
-def test_a_damaged_row(field: str, value: Any, tmp_path: Path) -> None:
+def test_a_damaged_row(field: str, value: Any, normed: Teacher, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     path = tmp_path / "t.safetensors"
-    teacher = branched("cnn", "dbb", 2)
-    reparam.save(teacher, path)
-    data = json.loads(teacher.plan.to_json())
+    reparam.save(normed, path)
+    data = json.loads(normed.plan.to_json())
     data["branches"][0][field] = value
     save_file(load_file(path), path, metadata={"reparam_plan": json.dumps(data)})
     with pytest.raises((FormatError, InputError)):

@@ -2,17 +2,14 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import timm
 import torch
 from safetensors.torch import load_file
 from training import trained_run
+from two_processes import codes, two_processes
 
 from reparam.distill import chain, losses, schedules, trainer
 from reparam.distill.chain import train_all
@@ -22,6 +19,8 @@ from reparam.distill.methods import Batch, Outputs, get_distiller, weights_of
 from reparam.distill.networks import make_learners, make_networks, parts
 from reparam.distill.statics import StaticTeacher
 from reparam.errors import InputError, StoppedError
+
+pytestmark = pytest.mark.usefixtures("no_curves")
 
 TEACHER = "cifar_resnet14"
 
@@ -249,7 +248,7 @@ def test_chains_hand_down(config, source, tmp_path, method, teachers):
     assert settings(folders[1])["assistant"] == (None if method == "takd" else "cifar_resnet8")
 
 
-@pytest.mark.parametrize("method", ["gapkd", "gpd+gapkd"])
+@pytest.mark.parametrize("method", [pytest.param("gapkd", marks=pytest.mark.thorough), "gpd+gapkd"])
 def test_stop_in_either_stage_and_go_on(config, source, tmp_path, monkeypatch, method):
     """The same command with --resume auto ends where an uninterrupted one does, bit for bit."""
     whole = dataclasses.replace(config, method=method, output=str(tmp_path / "whole"))
@@ -336,14 +335,9 @@ def test_what_the_first_stage_takes_over(config, source, tmp_path, changes, expe
 def test_two_processes_share_the_stages(tmp_path, teacher):
     """One group of processes for all stages; without --output the main process chooses the folder."""
     words = f"--method gapkd --teacher {TEACHER} --teacher-checkpoint {teacher} --assistant cifar_resnet8 --epochs 2"
-    line = (
-        f"-m torch.distributed.run --standalone --nproc-per-node 2 -m reparam train {words} --limit-train 120 --quiet"
-    )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(chain.__file__).parents[2])}
-    done = subprocess.run(
-        [sys.executable, *line.split()], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    job = {"name": "stages", "arguments": [*words.split(), "--limit-train", "120", "--quiet"]}
+    said = two_processes(tmp_path, [job])
+    assert [codes(text) for text in said] == [[0], [0]], said
     (run,) = (tmp_path / "runs").iterdir()
     assert (run / "summary.json").is_file() and (run / "assistant-1-cifar_resnet8" / "summary.json").is_file()
 

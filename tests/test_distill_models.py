@@ -206,8 +206,8 @@ CASES = [
         THOROUGH,
     ),
     Case("mobilenet_v1", mobilenet_v1(), 4_231_976, 568.7, SLOW),
-    Case("shufflenet_g3", shufflenet(1000, 3), 1_814_734, 127.1, SLOW),
-    Case("shufflenetv2", shufflenet_v2(1000, 3), 2_278_604, 144.9, SLOW),
+    Case("shufflenet_g3", shufflenet(1000, 3), 1_814_734, 127.1, THOROUGH),
+    Case("shufflenetv2", shufflenet_v2(1000, 3), 2_278_604, 144.9, THOROUGH),
     Case("rvt_tiny", RVT_TINY, 8_646_376, 1284.3, THOROUGH),
     Case("rvt_tiny_plus", RVT_TINY + 10 * SCALING, 10_951_336, 1284.3, THOROUGH),
     Case("rvt_small", RVT_SMALL, 22_148_392, 4645.2, THOROUGH),
@@ -275,7 +275,13 @@ def test_sizes_that_do_not_exist(build: Callable[[], nn.Module], message: str) -
 # timm's interface -----------------------------------------------------------------------------------------------------
 
 
-@every
+OWN_FORM = ("rvt_tiny", "rvt_tiny_plus", "cifar10_plain10", "cifar_resnet18")
+"""Networks whose expansion takes long, and whose classes or sizes no smaller one has."""
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, id=c.name, marks=() if c.name in OWN_FORM else c.mark) for c in CASES]
+)
 def test_what_timm_expects(case: Case) -> None:
     model = on_meta(case.name, num_classes=7, in_chans=1)
     config = model.default_cfg

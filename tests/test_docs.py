@@ -5,10 +5,12 @@ from __future__ import annotations
 import ast
 import re
 import runpy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 
 ROOT = Path(__file__).parent.parent
@@ -41,9 +43,21 @@ def test_every_block_names_a_known_language(page: Path) -> None:
     assert {match[2] for match in BLOCK.finditer(page.read_text(encoding="utf-8"))} <= LANGUAGES
 
 
+def slender(create: Callable[..., Any]) -> Callable[..., Any]:
+    """``timm.create_model`` with a ResNet-18 of the same layers, but an eighth of the channels behind its stem."""
+
+    def made(name: str, **options: Any) -> Any:
+        return create(name, **{**({"channels": (8, 16, 32, 64)} if name == "resnet18" else {}), **options})
+
+    return made
+
+
+@pytest.mark.parametrize("widths", ["slender", pytest.param("full", marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("page", PYTHON_PAGES, ids=name_of)
-def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_blocks_run(page: Path, widths: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    if widths == "slender":
+        monkeypatch.setattr(timm, "create_model", slender(timm.create_model))
     torch.manual_seed(0)
     namespace: dict[str, Any] = {"__name__": page.stem.replace("-", "_")}
     for line, source in blocks(page, "python"):

@@ -60,7 +60,13 @@ def test_round_trip(name: str, ratio: int, path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["googlenet", "densenet121", "shufflenet_v2_x0_5", "regnetx_002"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.thorough if name in ("googlenet", "densenet121", "regnetx_002") else ())
+        for name in ("googlenet", "densenet121", "densenet", "shufflenet_v2_x0_5", "regnetx_002")
+    ],
+)
 def test_round_trip_of_whole_networks(name: str, path: Path) -> None:
     teacher = teacher_of(name, torch.float32)
     reparam.save(teacher, path)

@@ -115,7 +115,13 @@ def test_a_run_ends_with_the_plain_student(config, source, tmp_path, model, chan
     assert main(["evaluate", str(tmp_path / "run"), "--device", "cpu"]) == 0
 
 
-@pytest.mark.parametrize("changes", [{}, {"head_combine": "random", "head_shuffle": "sample", "ema": 0.9}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({}, marks=pytest.mark.thorough),
+        {"head_combine": "random", "head_shuffle": "sample", "ema": 0.9},
+    ],
+)
 def test_stop_in_an_epoch_and_go_on(config, source, tmp_path, monkeypatch, changes):
     whole = dataclasses.replace(config, output=str(tmp_path / "whole"), **changes)
     train(whole, source=source)

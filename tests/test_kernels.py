@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from unittest import mock
@@ -25,7 +26,8 @@ COMMON = settings(
     deadline=None, derandomize=True, database=None, print_blob=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )  # fmt: skip
-FEW, MANY = settings(COMMON, max_examples=150), settings(COMMON, max_examples=600)
+NUMBER = int(os.environ.get("RANDOM_KERNELS", "240"))
+FEW, MANY = settings(COMMON, max_examples=NUMBER // 3), settings(COMMON, max_examples=NUMBER)
 
 
 # Random operators ----------------------------------------------------------------------------------------------------

@@ -343,7 +343,9 @@ def check_compiled(name: str, backend: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # of the compiler
-@pytest.mark.parametrize("name", ["norm", "attention", "cache", "patch-dropout"])
+@pytest.mark.parametrize(
+    "name", ["norm", pytest.param("attention", marks=pytest.mark.thorough), "cache", "patch-dropout"]
+)
 def test_compiled_teacher_and_view(name: str) -> None:
     check_compiled(name, "aot_eager")
 

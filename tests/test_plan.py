@@ -194,7 +194,19 @@ def same(a: Plan, b: Plan) -> None:
         assert dict(mine) == dict(other) if hasattr(mine, "items") else mine == other, field.name
 
 
-@pytest.mark.parametrize("name", ["unet", "net1d", "tied", "spectral_norm", "googlenet", "shufflenet_v2_x0_5", "nfnet"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "unet",
+        "net1d",
+        "tied",
+        "spectral_norm",
+        pytest.param("googlenet", marks=pytest.mark.thorough),
+        "densenet",
+        "shufflenet_v2_x0_5",
+        "nfnet",
+    ],
+)
 def test_json_round_trip(name: str) -> None:
     entry = BY_NAME[name]
     made = reparam.plan(built(entry), 3, example_input=sample(entry.shape))

@@ -1,6 +1,6 @@
 """Networks that nobody wrote: every law must hold for all of them.
 
-The default run draws 200 networks, the same ones every time, so that a red run means a change in the code. The
+The default run draws 80 networks, the same ones every time, so that a red run means a change in the code. The
 thorough run draws 10,000 others: ``pytest -m thorough tests/test_random_networks.py``. To look at one network of
 benchmarks/random_networks.py: ``python benchmarks/random_networks.py --only 1234``.
 """
@@ -23,7 +23,7 @@ COMMON = {
     "deadline": None, "print_blob": True, "database": None,
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
 }  # fmt: skip
-CI = settings(max_examples=int(os.environ.get("RANDOM_NETWORKS", "120")), derandomize=True, **COMMON)
+CI = settings(max_examples=int(os.environ.get("RANDOM_NETWORKS", "80")), derandomize=True, **COMMON)
 THOROUGH = settings(max_examples=10_000, derandomize=False, phases=(Phase.generate, Phase.shrink), **COMMON)
 
 

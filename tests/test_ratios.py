@@ -516,7 +516,7 @@ COMMON = settings(
     derandomize=True, deadline=None, database=None, print_blob=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
 )  # fmt: skip
-NUMBER = int(os.environ.get("RANDOM_RATIOS", "120"))
+NUMBER = int(os.environ.get("RANDOM_RATIOS", "80"))
 CHOICES = st.sampled_from((None, None, None, None, 2, 2, 2, 1, 3, 4))
 
 
@@ -525,7 +525,7 @@ def seen() -> Iterator[collections.Counter[str]]:
     """Count what the random networks showed; the test would prove little if one of these were rare."""
     counts: collections.Counter[str] = collections.Counter()
     yield counts
-    if counts["networks"] >= 100:
+    if counts["networks"] >= 60:
         assert counts["contradictions"] >= 0.1 * counts["networks"]
         assert counts["exact"] >= 0.4 * counts["networks"]
         assert counts["followers"] >= 0.2 * counts["networks"]
@@ -589,11 +589,11 @@ def test_random_networks(program: Program, data: Any) -> None:
 # Real networks -------------------------------------------------------------------------------------------------------
 
 
-def timm_model(name: str) -> nn.Module:
+def timm_model(name: str, **options: Any) -> nn.Module:
     import timm
 
     torch.manual_seed(0)
-    return timm.create_model(name, num_classes=10)
+    return timm.create_model(name, num_classes=10, **options)
 
 
 SIZE = (2, 3, 64, 64)
@@ -601,13 +601,13 @@ SIZE = (2, 3, 64, 64)
 
 @pytest.mark.slow
 def test_resnet18() -> None:
-    made = checked(timm_model("resnet18"), {"layer4.*": 4, "*": 2}, sample(SIZE))
+    made = checked(timm_model("resnet18", channels=(16, 32, 64, 128)), {"layer4.*": 4, "*": 2}, sample(SIZE))
     found = widths(made)
     assert {found[name] for name in found if name.startswith("layer4.")} == {4}
     assert {found[name] for name in found if not name.startswith(("layer4.", "fc"))} == {2}
-    assert row(made, "layer4.0.conv1.weight").wide_shape == (2048, 512, 3, 3)
-    assert row(made, "layer4.0.downsample.0.weight").wide_shape == (2048, 512, 1, 1)
-    assert row(made, "fc.weight").wide_shape == (10, 2048)
+    assert row(made, "layer4.0.conv1.weight").wide_shape == (512, 128, 3, 3)
+    assert row(made, "layer4.0.downsample.0.weight").wide_shape == (512, 128, 1, 1)
+    assert row(made, "fc.weight").wide_shape == (10, 512)
     assert made.coverage == 1.0 and not made.contractions and not any(e.steps for e in made.edits.values())
 
 
@@ -658,7 +658,7 @@ def test_a_transformer_with_wide_mlps_only() -> None:
         ("resnetv2_bit", r"stages\.3\..*", {}),
         ("shufflenet_v2_x0_5", r"stage4\.(?!0\.branch1\.0).*", {"stage4.0.branch1.0": 2}),
         ("convnext_atto", r".*\.mlp\.fc1\.weight", {}),
-        ("densenet121", r"features\.denseblock2\..*", {}),
+        ("densenet", r"features\.denseblock2\..*", {}),
     ],
 )
 @pytest.mark.slow

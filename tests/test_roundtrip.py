@@ -15,7 +15,8 @@ import reparam
 from reparam.passes.teacher import Teacher
 
 SMALL = "net1d net3d unet mlp weight_norm spectral_norm tied nfnet".split()
-SOME = "resnet18 mobilenetv3_small_050 regnetx_002 shufflenet_v2_x0_5 squeezenet1_1 ghostnet_050".split()
+SOME = "mobilenetv3_small_050 shufflenet_v2_x0_5 squeezenet1_1 ghostnet".split()
+MORE = "resnet18 regnetx_002 ghostnet_050".split()
 
 
 def expanded(model: nn.Module, name: str, ratio: int, dtype: torch.dtype, noise: float = 0.25) -> Teacher:
@@ -52,7 +53,7 @@ def test_bit_equal_for_powers_of_two(name: str, ratio: int, dtype: torch.dtype) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", [*SOME, *(pytest.param(name, marks=pytest.mark.thorough) for name in MORE)])
 def test_bit_equal_for_whole_networks(name: str) -> None:
     check_bits(name, 2, torch.float32)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from training import NETS, make_batch, make_engine, make_meter, mixed_net, one_teacher, read_csv
+from training import NETS, make_batch, make_engine, make_meter, mixed_net, one_teacher, read_csv, small_net
 
 from reparam.cli import main
 from reparam.distill.config import TrainConfig
@@ -20,6 +20,10 @@ from reparam.distill.networks import make_learners
 from reparam.distill.trainer import train
 from reparam.errors import InputError
 
+ALIKE = {("resnet10t", "scratch"), ("test_resnet", "fine-tuning")}
+"""Pairs of which others have both the scenario and the kind of network; they run when asked for."""
+WITH_GPD = ("dkd", "reviewkd", "kdiffusion")
+"""Methods that run beside a dynamic teacher as well; the others do when asked for."""
 CLASSES = ("blue", "green", "red")
 
 
@@ -55,8 +59,15 @@ def trained(images, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("model", ["test_resnet", "test_vit", "resnet10t"])
-@pytest.mark.parametrize("scenario", ["static teacher", "scratch", "fine-tuning"])
+@pytest.mark.parametrize(
+    ("scenario", "model"),
+    [
+        pytest.param(scenario, model, marks=pytest.mark.thorough if (model, scenario) in ALIKE else ())
+        for scenario in ("static teacher", "scratch", "fine-tuning")
+        for model in ("test_resnet", "test_vit", "resnet10t")
+    ],
+)
+@pytest.mark.usefixtures("no_curves")
 def test_scenario(tmp_path, images, trained, capsys, model, scenario):
     start = trained / ("test_vit" if model == "test_vit" else "test_resnet")
     if model == "resnet10t" and scenario == "fine-tuning":
@@ -103,8 +114,15 @@ def test_fine_tuning_starts_from_the_weights(tmp_path, images, trained):
             torch.testing.assert_close(after[name], value, rtol=1e-5, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("gpd", [False, True])
-@pytest.mark.parametrize("name", one_teacher())
+@pytest.mark.parametrize(
+    ("name", "gpd"),
+    [
+        pytest.param(name, gpd, marks=pytest.mark.thorough if gpd and name not in WITH_GPD else ())
+        for name in one_teacher()
+        for gpd in (False, True)
+    ],
+)
+@pytest.mark.usefixtures("no_curves")
 def test_every_method_on_folders(tmp_path, images, trained, name, gpd):
     method = f"gpd+{name}" if gpd else name
     words = ["--teacher", "test_resnet", "--teacher-checkpoint", str(trained / "test_resnet"), "--quiet"]
@@ -222,6 +240,7 @@ def test_tensorboard_that_is_not_installed(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp64"])
 @pytest.mark.parametrize("method", ["baseline", "gpd"])
+@pytest.mark.usefixtures("no_curves")
 def test_precisions_run_on_the_cpu(tmp_path, precision, method):
     config = TrainConfig(
         precision=precision, method=method, epochs=1, limit_train=100, batch_size=50, ema=0.5, accumulate=2, quiet=True,
@@ -258,7 +277,7 @@ def test_option_compile_compiles(tmp_path, monkeypatch):
     used, compile_ = [], torch.compile
     monkeypatch.setattr(torch, "compile", lambda module, *rest, **more: (used.append(module), module)[1])
     config = TrainConfig(compile=True, epochs=1, limit_train=100, quiet=True, output=str(tmp_path / "run"))
-    train(config)
+    train(config, student=small_net())
     assert used and compile_ is not torch.compile
     assert dataclasses.replace(config, compile=False) != config
     assert Path(tmp_path / "run" / "summary.json").is_file()

@@ -1,4 +1,4 @@
-"""Training runs in one of several processes, as torchrun starts them; a script that test_distributed.py starts.
+"""Training runs in one of several processes: forked ones, or as torchrun starts them, for which this is a script.
 
     python tests/training_worker.py JOBS.json
 
@@ -22,17 +22,17 @@ from reparam.cli import main
 from reparam.distill import finish, trainer
 from reparam.distill.engine import Engine
 
-RANK = int(os.environ["RANK"])
 STEP, FINISH = Engine.step, trainer.finish
 
 
 def prepare(job: dict[str, Any]) -> None:
     """Arrange accidents and the dump of the final state."""
+    own_rank = int(os.environ["RANK"])
     accident, left = job.get("accident"), [job.get("times", 1)]
     mark = Path(job["mark"]) if "mark" in job else None
 
     def step(self, batch, epoch, steps, meter):
-        if accident is not None and accident["rank"] == RANK and steps == accident["step"] and left[0]:
+        if accident is not None and accident["rank"] == own_rank and steps == accident["step"] and left[0]:
             left[0] -= 1
             if accident["what"] == "nan":
                 batch = dataclasses.replace(batch, images=batch.images * float("nan"))
@@ -45,7 +45,7 @@ def prepare(job: dict[str, Any]) -> None:
 
     def dumped(config, engine, *rest):
         if "dump" in job:
-            torch.save(engine.state(), f"{job['dump']}-{RANK}.pt")
+            torch.save(engine.state(), f"{job['dump']}-{own_rank}.pt")
         return FINISH(config, engine, *rest)
 
     Engine.step, trainer.finish = step, dumped
@@ -62,6 +62,16 @@ def run(jobs: list[dict[str, Any]]) -> int:
         code = main(["train", *job["arguments"]])
         print(f"job {job.get('name')}: {code}", flush=True)
     return code
+
+
+def forked(rank: int, jobs: Path, log: Path) -> None:
+    """Be one of two processes that work on a file of jobs inside its folder, and say everything into a file."""
+    with log.open("wb") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+    os.chdir(jobs.parent)
+    sys.exit(run(json.loads(jobs.read_text())))
 
 
 if __name__ == "__main__":

@@ -229,31 +229,54 @@ class Tied(nn.Module):
         return self.head(torch.relu(self.decode(x)))
 
 
+# Short versions of networks whose blocks come in dozens: every kind of block, once or twice ------------------------
+
+
+def short_densenet() -> nn.Module:
+    from timm.models.densenet import DenseNet
+
+    return DenseNet(growth_rate=16, block_config=(2, 3, 2), num_classes=10)
+
+
+def short_ghostnet() -> nn.Module:
+    from timm.models.ghostnet import GhostNet
+
+    stages = [[[3, 16, 16, 0, 1]], [[3, 48, 24, 0, 2]], [[5, 72, 40, 0.25, 2], [5, 120, 40, 0.25, 1]]]
+    return GhostNet(stages, num_classes=10, width=0.5)
+
+
+def short_dla() -> nn.Module:
+    from timm.models.dla import DLA, DlaBottleneck
+
+    widths = [16, 32, 64, 64, 128, 256]
+    return DLA([1, 1, 1, 2, 1, 1], widths, cardinality=32, base_width=4, block=DlaBottleneck, num_classes=10)
+
+
 _IMAGE, _OTHER = (2, 3, 64, 64), (3, 3, 96, 64)
 
 ZOO = [
     Entry("resnet18", timm_model("resnet18"), _IMAGE, _OTHER, batch=16),
     Entry("resnext26ts", timm_model("resnext26ts"), _IMAGE, _OTHER),
-    Entry("densenet121", timm_model("densenet121"), _IMAGE, _OTHER),
-    Entry("efficientnet_b0", timm_model("efficientnet_b0"), _IMAGE, _OTHER),
+    Entry("densenet121", timm_model("densenet121"), _IMAGE, _OTHER, slow=True),
+    Entry("efficientnet_b0", timm_model("efficientnet_b0"), _IMAGE, _OTHER, slow=True),
     Entry("mobilenetv3_small_050", timm_model("mobilenetv3_small_050"), _IMAGE, _OTHER, batch=16),
     Entry("regnetx_002", timm_model("regnetx_002"), _IMAGE, _OTHER, batch=16),
     Entry("hrnet_w18_small", timm_model("hrnet_w18_small"), _IMAGE, _OTHER),
-    Entry("inception_v3", timm_model("inception_v3"), (2, 3, 96, 96), (1, 3, 112, 96)),
+    Entry("inception_v3", timm_model("inception_v3"), (2, 3, 96, 96), (1, 3, 112, 96), slow=True),
     Entry("convnext_atto", timm_model("convnext_atto"), _IMAGE, _OTHER),
     Entry("repvgg_a0", timm_model("repvgg_a0"), _IMAGE, _OTHER),
     Entry("res2net50_26w_4s", timm_model("res2net50_26w_4s"), _IMAGE, _OTHER, slow=True),
-    Entry("dla46x_c", timm_model("dla46x_c"), _IMAGE, _OTHER),
+    Entry("dla46x_c", timm_model("dla46x_c"), _IMAGE, _OTHER, slow=True),
     Entry("resnest14d", timm_model("resnest14d"), _IMAGE, _OTHER),
-    Entry("ghostnet_050", timm_model("ghostnet_050"), _IMAGE, _OTHER),
+    Entry("ghostnet_050", timm_model("ghostnet_050"), _IMAGE, _OTHER, slow=True),
     Entry("nfnet", timm_model("test_nfnet"), _IMAGE, _OTHER),
     Entry("nfnet_l0", timm_model("nfnet_l0"), _IMAGE, _OTHER, slow=True),
     Entry("resnetv2_bit", big_transfer, _IMAGE, _OTHER),
     Entry("resnetv2_50x1_bit", timm_model("resnetv2_50x1_bit"), _IMAGE, _OTHER, slow=True),
     Entry("shufflenet_v2_x0_5", torchvision_model("shufflenet_v2_x0_5"), _IMAGE, _OTHER, batch=16),
-    Entry("googlenet", torchvision_model("googlenet", init_weights=False), _IMAGE, _OTHER),
+    Entry("googlenet", torchvision_model("googlenet", init_weights=False), _IMAGE, _OTHER, slow=True),
     Entry("squeezenet1_1", torchvision_model("squeezenet1_1"), _IMAGE, _OTHER),
-    Entry("mnasnet0_5", torchvision_model("mnasnet0_5"), _IMAGE, _OTHER),
+    Entry("mnasnet0_5", torchvision_model("mnasnet0_5"), _IMAGE, _OTHER, slow=True),
     Entry("fcn_resnet50", torchvision_model("fcn_resnet50", weights_backbone=None), _IMAGE, _OTHER, slow=True),
     Entry(
         "deeplabv3_mobilenet_v3_large",
@@ -266,7 +289,12 @@ ZOO = [
         torchvision_model("lraspp_mobilenet_v3_large", weights_backbone=None),
         _IMAGE,
         _OTHER,
+        slow=True,
     ),
+    Entry("densenet", short_densenet, _IMAGE, _OTHER),
+    Entry("ghostnet", short_ghostnet, _IMAGE, _OTHER),
+    Entry("dla", short_dla, _IMAGE, _OTHER),
+    Entry("efficientnet", timm_model("test_efficientnet"), _IMAGE, _OTHER),
     Entry("net1d", Net1d, (2, 2, 64), (3, 2, 101), batch=4),
     Entry("net3d", Net3d, (2, 1, 8, 8, 8), (1, 1, 9, 12, 6), batch=2),
     Entry("unet", UNet, (2, 3, 32, 32), (1, 3, 48, 32), batch=2),
