@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import dataclasses
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -36,9 +37,13 @@ VARIANTS |= {f"heads{n}": lambda found, n=n: VARIANTS["single"](found) and found
 """What stands behind the method in some names, and what it says."""
 
 
+packaged = functools.cache(load_recipe)
+"""Recipes of the package do not change while the tests run, and each of them is looked at many times."""
+
+
 def config(name: str, **overrides: Any) -> TrainConfig:
     """The settings of a recipe, with a word for everything that only the user can know."""
-    recipe = load_recipe(name)
+    recipe = packaged(name)
     return apply_recipe(recipe, {**dict.fromkeys(recipe.needs, "FILE"), **overrides})
 
 
@@ -78,7 +83,7 @@ def test_how_many_there_are() -> None:
 
 @every
 def test_a_recipe_resolves_to_known_networks_and_methods(name: str) -> None:
-    recipe = load_recipe(name)
+    recipe = packaged(name)
     found = config(name).resolved()
     assert recipe.name == name and len(recipe.description) > 20 and len(recipe.source) > 20
     assert timm.is_model(found.model) and (found.teacher is None or timm.is_model(found.teacher))
@@ -124,7 +129,7 @@ def test_a_name_says_what_the_recipe_is(name: str) -> None:
 @every
 def test_who_needs_weights_says_so(name: str) -> None:
     """A static teacher has timm's weights, or the recipe asks for them; the same for what is fine-tuned."""
-    recipe, found = load_recipe(name), config(name)
+    recipe, found = packaged(name), config(name)
     if found.teacher is not None:
         thousand = timm.models.is_model_pretrained(found.teacher)
         assert ("teacher_checkpoint" in recipe.needs) != (thousand and not name.startswith("imagenet100/"))

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import reparam
-from reparam.distill import files
+from reparam.distill import files, finish
 from reparam.distill.compare import arms, compare
 from reparam.distill.config import TrainConfig
 from reparam.distill.data import load_source
@@ -23,6 +23,13 @@ from reparam.distill.trainer import train
 from reparam.errors import InputError, ModelError, TrainingError
 
 METHODS = ["gpd", "baseline"]
+
+
+@pytest.fixture(autouse=True)
+def few_curves(request, monkeypatch):
+    """One test looks at them; drawing takes longer than most of the training here."""
+    if request.function is not test_run_writes_everything:
+        monkeypatch.setattr(finish, "_draw", lambda folder: None)
 
 
 def small_net(seed=0, classes=10):
@@ -96,7 +103,7 @@ def test_same_seed_same_weights(tmp_path, config, source, method):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sgd", pytest.param("adamw", marks=pytest.mark.thorough)])
 def test_default_network_learns_the_digits(config, optimizer):
     summary = train(dataclasses.replace(config, epochs=15, batch_size=64, optimizer=optimizer))
     assert summary["student_top1"] > 95 and summary["teacher_top1"] > 95

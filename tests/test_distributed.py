@@ -31,8 +31,8 @@ WORKER = str(Path(__file__).with_name("training_worker.py"))
 BASE = ["--epochs", "2", "--batch-size", "40", "--limit-train", "160", "--precision", "fp64", "--sync-bn", "--quiet"]
 TEACHER = ["--teacher", "cifar_resnet8_w8", "--teacher-checkpoint", "TEACHER"]
 EQUAL = {
-    "baseline": ["--method", "baseline"],
-    "gpd": ["--ema", "0.9"],
+    "baseline": ["--method", "baseline", "--model", "NETS:small"],
+    "gpd": ["--ema", "0.9", "--model", "NETS:small"],
     "gpd, orepa": ["--branches", "orepa", "--model", "NETS:small"],
     "gpd, adamw, lr_scale": ["--optimizer", "adamw", "--lr-scale", "student", "--model", "NETS:small"],
     "gpd+dkd": ["--method", "gpd+dkd", "--model", "NETS:small", *TEACHER],
@@ -40,6 +40,8 @@ EQUAL = {
     "no norms, accumulate": ["--model", "NETS:normless", "--accumulate", "2", "--branches", "orepa"],
     "reviewkd": ["--method", "gpd+reviewkd", *TEACHER],
 }
+ALIKE = ("gpd, orepa", "gpd+dkd")
+"""Cases of which others have all and more; they run when asked for."""
 SMALL = '''
 
 def small(num_classes=10, in_chans=1):
@@ -78,10 +80,13 @@ def slug(name):
 
 
 @pytest.fixture(scope="module")
-def pairs(place):
-    """Runs in two processes, all cases after another, so that torch is imported twice only."""
+def pairs(request, place):
+    """Runs in two processes, all cases that are wanted after another."""
     jobs = []
+    selected = {item.callspec.params["name"] for item in request.session.items if _compares(item)}
     for name, words in EQUAL.items():
+        if name not in selected:
+            continue
         output = f"{slug(name)}-two"
         jobs.append({"name": name, "arguments": arguments(place, words, output), "dump": str(place / output)})
     plain = [
@@ -95,6 +100,10 @@ def pairs(place):
     return place
 
 
+def _compares(item):
+    return getattr(item, "originalname", None) == "test_two_processes_equal_one"
+
+
 def interleaved(batch, count):
     """The pieces that two processes work on at the same time."""
     if count == 1:
@@ -104,7 +113,7 @@ def interleaved(batch, count):
     return [Batch(images, labels, None, indices) for images, labels, indices in zip(*columns, strict=True)]
 
 
-@pytest.mark.parametrize("name", EQUAL)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.thorough) if n in ALIKE else n for n in EQUAL])
 def test_two_processes_equal_one(pairs, monkeypatch, name):
     monkeypatch.setattr(engine, "_split", interleaved)
     monkeypatch.setattr(finish, "_draw", lambda folder: None)

@@ -18,6 +18,7 @@ PHOTOGRAPHS = Path(os.environ.get("REPARAM_PHOTOGRAPHS", BESIDE))
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.usefixtures("no_curves"),
     pytest.mark.skipif(not PHOTOGRAPHS.is_dir(), reason="needs REPARAM_PHOTOGRAPHS, a folder of photographs"),
 ]
 
