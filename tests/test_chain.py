@@ -190,15 +190,17 @@ def test_released_gapkd_in_one_command(config, source, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("method", "assistants", "read"),
+    ("method", "epoch", "assistants", "read"),
     [
-        ("kd", (), [TEACHER]),
-        ("takd", ("cifar_resnet8", "cifar_resnet14"), ["cifar_resnet14"]),
-        ("gapkd", ("cifar_resnet8",), [TEACHER, "cifar_resnet8"]),
-        ("dgkd", ("cifar_resnet8", "cifar_resnet14"), [TEACHER, "cifar_resnet8", "cifar_resnet14"]),
+        ("kd", 1, (), [TEACHER]),
+        ("takd", 1, ("cifar_resnet8", "cifar_resnet14"), ["cifar_resnet14"]),
+        ("gapkd", 1, ("cifar_resnet8",), [TEACHER, "cifar_resnet8"]),
+        ("dgkd", 1, ("cifar_resnet8", "cifar_resnet14"), [TEACHER, "cifar_resnet8", "cifar_resnet14"]),
+        ("annealing", 2, (), [TEACHER]),
+        ("annealing", 3, (), []),
     ],
 )
-def test_a_step_runs_the_static_networks_that_the_loss_reads(method, assistants, read):
+def test_a_step_runs_the_static_networks_that_the_loss_reads(method, epoch, assistants, read):
     """Counted over the parts of one step; the value is that of the loss over all of them."""
     names = [TEACHER, *assistants]
     config = TrainConfig(method=method, teacher=TEACHER, assistant=",".join(assistants) or None, epochs=3)
@@ -214,7 +216,7 @@ def test_a_step_runs_the_static_networks_that_the_loss_reads(method, assistants,
         static.network.register_forward_hook(lambda *_args, position=position: calls.append(position))
     batch = Batch(images, labels, None, labels)
     torch.manual_seed(1)
-    (part,) = list(parts(learners, learners, statics, batch, config, 1))
+    (part,) = list(parts(learners, learners, statics, batch, config, epoch))
     assert [names[position] for position in calls] == read
     torch.manual_seed(1)
     answers = [static(images) for static in statics]

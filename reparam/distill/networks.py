@@ -235,17 +235,22 @@ def parts(
         epoch: from 1.
     """
     read = statics[-1:] if config.distiller and get_distiller(config.distiller).reads == "last" else statics
-    answers = [static(batch.images) for static in read]
+    against = [loss for loss in learners.losses.values() if isinstance(loss, Distiller)] if statics else []
+    for loss in against:
+        loss.epoch = epoch
+    # The second of two phases may be without the static networks: they need not run.
+    answers = [static(batch.images) for static in read] if any(loss.shares()[1] for loss in against) else []
     dynamic: Tensor | None = None
     for name in learners.names:
         outputs = run(name, batch.images)
-        loss = _against_static(learners, name, outputs, answers, batch, config, epoch)
+        total = _against_static(learners, name, outputs, answers, batch, config) if against else None
+        total = cross_entropy(outputs.logits, batch, config) if total is None else total
         if name == STUDENT and dynamic is not None:
             soft = soft_term(outputs.logits, dynamic, config, epoch)
-            loss = loss if soft is None else loss + soft
+            total = total if soft is None else total + soft
         dynamic = outputs.logits.detach()
-        part = Part(name, loss, outputs.logits)
-        del outputs, loss
+        part = Part(name, total, outputs.logits)
+        del outputs, total
         yield part
         del part  # and with it the graph, before the next one is built
 
@@ -257,20 +262,19 @@ def _against_static(
     answers: Sequence[Outputs],
     batch: Batch,
     config: TrainConfig,
-    epoch: int,
-) -> Tensor:
-    """``ce_weight CE + ramp D``; plain cross entropy where a learner has no loss against the static teacher."""
-    labelled = cross_entropy(outputs.logits, batch, config)
-    if name not in learners.losses or not answers:
-        return labelled
+) -> Tensor | None:
+    """``ce_weight CE + ramp D``; None where a learner has no loss against the static teacher."""
+    if name not in learners.losses:
+        return None
     loss = learners.losses[name]
     assert isinstance(loss, Distiller)  # ModuleDict knows modules only
+    ce_weight, share = loss.shares()
+    total = ce_weight * cross_entropy(outputs.logits, batch, config)
+    if not share:
+        return total
     if config.standardise:
         outputs = replace(outputs, logits=standardise(outputs.logits))
         answers = [replace(answer, logits=standardise(answer.logits)) for answer in answers]
-    loss.epoch = epoch
-    ce_weight, share = loss.shares()
     teacher, *assistants = answers
     further = {"assistants": assistants} if loss.assistants != 0 else {}
-    total = ce_weight * labelled
-    return total + share * loss(outputs, teacher, batch, **further) if share else total
+    return total + share * loss(outputs, teacher, batch, **further)
