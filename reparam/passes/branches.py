@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -168,25 +169,54 @@ def _branched(operator: Operator, recipe: Recipe, plan: Plan, condition: bool) -
 def _measured(
     expression: Expression, site: Site, recipe: Recipe, host: ParamMap | None, bias: str | None, norms: tuple[str, ...]
 ) -> BranchPlan:
-    """Count parameters and the work of merging, on the meta device, which also shows that the branches fit."""
+    """Count parameters and the work of merging."""
+    host = host or ParamMap((site.outputs, site.inputs // site.groups, *site.size))
+    counts = _counts(_Measured(_structure(expression), replace(site, name=""), host, expression, site))
+    return BranchPlan(site, recipe, bias, norms if has_norms(expression) else (), *counts)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Branches of an operator; those of another one with the same sizes are equal."""
+
+    structure: Any
+    sizes: Site
+    host: ParamMap
+    expression: Expression = field(compare=False)
+    site: Site = field(compare=False)
+
+
+def _structure(value: Any) -> Any:
+    """Return what decides about the size of an expression: everything but its functions, which fill tensors."""
+    if is_dataclass(value):
+        return type(value), tuple(_structure(getattr(value, part.name)) for part in fields(value))
+    if isinstance(value, tuple):
+        return tuple(map(_structure, value))
+    if callable(value):
+        return True
+    return value if type(value).__hash__ is not None else id(value)  # which stays its own while the key is kept
+
+
+@functools.lru_cache(maxsize=1024)
+def _counts(of: _Measured) -> tuple[int, int, int, int]:
+    """Parameters of student and teacher, and their work of merging, on the meta device, where branches have to fit."""
     from torch.utils.flop_counter import FlopCounterMode  # late: it imports triton where that is installed
 
-    shape = (site.outputs, site.inputs // site.groups, *site.size)
-    host = host or ParamMap(shape)
-    around = widening(site, host, noise=False)
+    expression, site = of.expression, of.site
+    around = widening(site, of.host, noise=False)
     trained = [name for name, slot in expression.slots() if slot.kind == "weight"]
     counts, work = [], []
     for frame, wide in ((Frame(site.inputs, site.groups), False), (wide_frame(site, around), True)):
-        tensors = new_tensors(expression, torch.empty(shape, device="meta"))
+        tensors = new_tensors(expression, torch.empty(of.host.shape, device="meta"))
         maps = dict(expression.maps(around))
         if wide:
             tensors = {name: tensors[name].new_empty(maps[name].wide_shape) for name in tensors}
-        tensors[""] = torch.empty(host.wide_shape if wide else shape, device="meta")
+        tensors[""] = torch.empty(of.host.wide_shape if wide else of.host.shape, device="meta")
         with FlopCounterMode(display=False) as counter:
             merge(expression, site, frame, tensors.__getitem__)
         counts.append(sum(tensors[name].numel() for name in trained))
         work.append(counter.get_total_flops() // 2)
-    return BranchPlan(site, recipe, bias, norms if has_norms(expression) else (), *counts, *work)
+    return counts[0], counts[1], work[0], work[1]
 
 
 def check_starts(model: nn.Module, plan: Plan) -> None:
