@@ -622,7 +622,7 @@ def check_detector(model: nn.Module, least: float, expected: set[str]) -> None:
     assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_ssdlite() -> None:
     check_detector(detector("ssdlite320_mobilenet_v3_large", topk_candidates=20), 3.0, {"backbone"})
 
@@ -654,7 +654,7 @@ def test_a_detector_trains() -> None:
     assert all(p.grad is not None for p in teacher.parameters())
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_optical_flow() -> None:
     """Its code makes single precision grids: the network itself does not run in float64."""
     torch.manual_seed(0)

@@ -516,7 +516,7 @@ COMMON = settings(
     derandomize=True, deadline=None, database=None, print_blob=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
 )  # fmt: skip
-NUMBER = int(os.environ.get("RANDOM_RATIOS", "80"))
+NUMBER = int(os.environ.get("RANDOM_RATIOS", "40"))
 CHOICES = st.sampled_from((None, None, None, None, 2, 2, 2, 1, 3, 4))
 
 
@@ -525,7 +525,7 @@ def seen() -> Iterator[collections.Counter[str]]:
     """Count what the random networks showed; the test would prove little if one of these were rare."""
     counts: collections.Counter[str] = collections.Counter()
     yield counts
-    if counts["networks"] >= 60:
+    if counts["networks"] >= 30:
         assert counts["contradictions"] >= 0.1 * counts["networks"]
         assert counts["exact"] >= 0.4 * counts["networks"]
         assert counts["followers"] >= 0.2 * counts["networks"]
@@ -629,7 +629,7 @@ def test_mobilenetv2() -> None:
     assert {found[name] for name in found if name.endswith("conv_pwl.weight")} == {1} and len(follow) == 32
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_regnetx() -> None:
     made = checked(timm_model("regnetx_002"), {"s4.*.conv2.conv": 4, "s4.*.conv1.conv": 1, "*": 2}, sample(SIZE))
     found = widths(made)

@@ -103,10 +103,10 @@ def stop_after(monkeypatch, number):
     monkeypatch.setattr(Engine, "step", stopping)
 
 
-WITH_STATE = ("gpd+dkd", "gpd+crd", "gpd+reviewkd", "gpd+kdiffusion", "gpd+annealing")
-"""Losses with a ramp, a memory, parameters, random numbers and phases; others that compare with a static teacher have
-fewer of these, or the same."""
-ALIKE = [case for case in CASES if case.startswith("gpd+") and case not in WITH_STATE]
+WITH_STATE = ("gpd+dkd", "gpd+crd", "gpd+kdiffusion")
+"""Losses with a ramp, with a memory and parameters, and with random numbers; others that compare with a static teacher
+have fewer of these, or the same."""
+ALIKE = [case for case in CASES if case.startswith("gpd+") and case not in WITH_STATE] + ["gpd, later", "gpd, lr_scale"]
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.thorough) if c in ALIKE else c for c in CASES])

@@ -56,6 +56,25 @@ def _batch_norm(
     return torch.empty_like(input)
 
 
+@contextlib.contextmanager
+def _quick_norms() -> Iterator[None]:
+    """Let modules on the meta device use the batch norm above."""
+    plain = F.batch_norm
+
+    def quick(input: Tensor, running_mean: Any, running_var: Any, *args: Any, **kwargs: Any) -> Tensor:
+        training = args[2] if len(args) > 2 else kwargs.get("training", False)
+        values_per_channel = input.numel() // max(input.shape[1], 1) if input.dim() > 1 else 0
+        if input.device.type != "meta" or (training and values_per_channel == 1):  # which torch refuses
+            return plain(input, running_mean, running_var, *args, **kwargs)
+        return _batch_norm(input, running_mean, running_var, *args, **kwargs)
+
+    F.batch_norm = quick
+    try:
+        yield
+    finally:
+        F.batch_norm = plain
+
+
 def _to_meta(value: Any) -> Any:
     if isinstance(value, torch.device):
         return torch.device("meta")
@@ -65,7 +84,7 @@ def _to_meta(value: Any) -> Any:
 def run_module_on_meta(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Run a module with meta parameters on meta inputs; its state is not changed."""
     args, kwargs = pytree.tree_map(_to_meta, (tuple(args), dict(kwargs)))
-    with torch.no_grad(), torch.device("meta"), unchanged(module), _plain_tensors_on_meta(module):
+    with torch.no_grad(), torch.device("meta"), unchanged(module), _plain_tensors_on_meta(module), _quick_norms():
         return module(*args, **kwargs)
 
 
