@@ -28,7 +28,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from multiprocessing import connection, get_context
+from multiprocessing import connection, get_all_start_methods, get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -154,10 +154,12 @@ def main() -> int:
 
 
 def _start(config: TrainConfig) -> BaseProcess:
-    # Every run in a fresh process, forked from one that has imported the libraries and nothing else.
-    server = get_context("forkserver")
-    server.set_forkserver_preload(["reparam.distill.chain", "reparam.distill.trainer", "timm", "matplotlib.pyplot"])
-    process = server.Process(target=run, args=(config,))
+    # Every run in a fresh process, forked from one that has imported the libraries and nothing else where that exists.
+    forks = "forkserver" in get_all_start_methods()
+    server = get_context("forkserver" if forks else "spawn")
+    if forks:
+        server.set_forkserver_preload(["reparam.distill.chain", "reparam.distill.trainer", "timm", "matplotlib.pyplot"])
+    process: BaseProcess = server.Process(target=run, args=(config,))  # type: ignore[attr-defined]
     process.start()
     return process
 

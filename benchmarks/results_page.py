@@ -119,9 +119,8 @@ def _training(data: dict[str, Any]) -> str:
 
 def _evidence(data: dict[str, Any]) -> str:
     config, static = data["config"], data.get("static")
-    size = f", {config['limit_train']:,} training images" if config.get("limit_train") else ""
     lines = [
-        f"### Arms on {config['data']}: {config['model']}, {config['epochs']} epochs{size}\n",
+        f"### Arms on {config['data']}: {config['model']}, {config['epochs']} epochs{_images(config)}\n",
         "| arm | epochs | seeds | student top-1 (%) | averaged weights | dynamic teacher | s per run |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -135,13 +134,16 @@ def _evidence(data: dict[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
+def _images(config: dict[str, Any]) -> str:
+    size = f", {config['limit_train']:,} training images" if config.get("limit_train") else ""
+    return size + (f" of {config['image_size']} px" if config.get("image_size") else "")
+
+
 def _gap(data: dict[str, Any]) -> str:
     config, static = data["config"], data.get("static")
-    size = f", {config['limit_train']:,} training images" if config.get("limit_train") else ""
-    pixels = f" of {config['image_size']} px" if config.get("image_size") else ""
     lines = [
         f"### Large gaps on {config['data']}: {static['model'] if static else 'none'} -> {config['model']}, "
-        f"{config['epochs']} epochs{size}{pixels}\n",
+        f"{config['epochs']} epochs{_images(config)}\n",
         "| arm | seeds | student top-1 (%) | assistant | its top-1 | dynamic teacher | s per run, assistant included |",
         "|---|---|---|---|---|---|---|",
     ]

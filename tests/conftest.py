@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import os
 
 import pytest
@@ -21,6 +22,55 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else cores * MEMORY
     return max(1, min(cores, memory // MEMORY))
+
+
+ONE_IN = {
+    "test_attention.py::test_each_ingredient": 2,
+    "test_branches.py::test_branches_with_norms_in_train_mode": 2,
+    "test_branches.py::test_round_trip": 2,
+    "test_branches.py::test_the_function_of_student_and_teacher": 2,
+    "test_distill_models.py::test_expansion_is_exact": 2,
+    "test_engine.py::test_a_run_leaves_its_static_teacher_alone": 2,
+    "test_engine.py::test_bf16_learns_and_keeps_float32_weights": 3,
+    "test_engine.py::test_loss_against_the_static_teacher_falls": 2,
+    "test_exactness.py::test_another_batch_size_and_resolution": 2,
+    "test_exactness.py::test_every_node": 2,
+    "test_exactness.py::test_float32": 2,
+    "test_exactness.py::test_the_weights_did_change": 2,
+    "test_features.py::test_student_view_and_teacher": 2,
+    "test_fold_networks.py::test_networks_of_convolutions_and_norms": 2,
+    "test_heads.py::test_the_merged_student_equals_the_heads": 2,
+    "test_kdiffusion_training.py::test_a_run_ends_with_the_plain_student": 2,
+    "test_methods_features.py::test_a_step": 2,
+    "test_modes.py::test_train_mode_is_used_and_eval_mode_comes_back": 2,
+    "test_parts.py::test_copies_and_files": 2,
+    "test_resume.py::test_crash_loses_the_unsaved_steps_only": 3,
+    "test_resume.py::test_damaged_newest_checkpoint": 2,
+    "test_resume.py::test_kept_checkpoints": 2,
+    "test_resume.py::test_killed_between_the_last_checkpoint_and_the_other_files": 3,
+    "test_roundtrip.py::test_bit_equal_for_powers_of_two": 2,
+    "test_rules.py::test_operator": 2,
+    "test_scenarios.py::test_evaluate_gives_the_table_of_the_run": 2,
+    "test_scenarios.py::test_every_method_on_folders": 2,
+    "test_scenarios.py::test_precisions_run_on_the_cpu": 2,
+    "test_scenarios.py::test_scenario": 2,
+    "test_stages.py::test_pyramids": 3,
+    "test_stages.py::test_values_are_those_of_the_network": 2,
+    "test_torch_modules.py::test_exact_and_wide": 2,
+}
+"""Tests with many slow cases, and the share of them that runs by default; the others run with ``-m thorough``."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what :data:`ONE_IN` leaves out, in turns: of two parameters every value of each one stays."""
+    met: collections.Counter[str] = collections.Counter()
+    for item in items:
+        function = item.nodeid.partition("[")[0].rpartition("/")[2]
+        count, number = ONE_IN.get(function), met[function]
+        met[function] += item.get_closest_marker("thorough") is None
+        if count is not None and number % count != number // count % count:
+            item.add_marker(pytest.mark.thorough)
 
 
 @pytest.fixture

@@ -257,6 +257,31 @@ def test_state_of_an_optimizer_takes_the_memory_format_of_the_weights(config, op
         torch.testing.assert_close(one, two, rtol=0, atol=1e-6)
 
 
+def test_fused_sgd_with_gradients_that_come_late_and_state_of_one_that_was_not_fused(config):
+    """torch's own would fail in the first case and go on unfused in the second."""
+    settings = dataclasses.replace(config, optimizer="sgd").resolved()
+    torch.manual_seed(0)
+    network, reference = small_net(), small_net()
+    reference.load_state_dict(network.state_dict())
+    made = make_optimizer(network, settings)
+    plain = make_optimizer(reference, dataclasses.replace(settings, precision="fp16"))
+    assert all(group["fused"] for group in made.param_groups) and not any(g["fused"] for g in plain.param_groups)
+    for late in (1, 0):
+        for optimizer, net in ((made, network), (plain, reference)):
+            for number, parameter in enumerate(net.parameters()):
+                torch.manual_seed(number)
+                parameter.grad = None if number < late else torch.randn(parameter.shape)
+            optimizer.step()
+    for one, two in zip(network.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-6)
+    load_state(made, copy.deepcopy(plain.state_dict()))
+    assert all(group["fused"] for group in made.param_groups)
+    made.step()
+    plain.step()
+    for one, two in zip(network.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-6)
+
+
 def test_folder_data_from_end_to_end(tmp_path, config):
     from test_distill_data import write_folder
 

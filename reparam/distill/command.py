@@ -126,7 +126,8 @@ def _list_recipes() -> int:
 def _require_libraries() -> None:
     # Looked for, not imported: some runs need no scikit-learn or matplotlib, which take seconds to import.
     for module in ("timm", "torchvision", "sklearn", "tqdm", "yaml", "matplotlib"):
-        if importlib.util.find_spec(module) is None:
+        found = importlib.util.find_spec(module)
+        if found is None or found.loader is None:  # a bare folder of that name is no package
             raise InputError(f"training needs {module}; pip install 'reparam[train]'")
 
 

@@ -42,9 +42,31 @@ def make_optimizer(
     options: dict[str, Any] = {"momentum": 0.9} if config.optimizer == "sgd" else {}
     # timm calls SGD without Nesterov's variant "momentum".
     name = config.optimizer if config.optimizer != "sgd" or config.nesterov else "momentum"
-    # One kernel over all parameters: a fifth of the time on a CPU, a few launches on a GPU.
-    options["fused"] = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
-    return create_optimizer_v2(groups, opt=name, lr=config.lr, weight_decay=config.weight_decay or 0.0, **options)
+    # One kernel for all parameters of a group. Not with fp16: where the first step of all overflows, fused SGD keeps a
+    # momentum that was never written (torch 2.14).
+    parameters = [p for group in groups for p in group["params"]]
+    options["fused"] = config.precision != "fp16" and all(map(_fusable, parameters))
+    made: torch.optim.Optimizer = create_optimizer_v2(
+        groups, opt=name, lr=config.lr, weight_decay=config.weight_decay or 0.0, **options
+    )
+    _start(made)
+    return made
+
+
+def _fusable(parameter: nn.Parameter) -> bool:
+    """Whether torch's fused kernels are right for it: on the CPU they take its memory to be one piece."""
+    dense = torch.empty_like(parameter).stride() == parameter.stride()
+    return parameter.device.type in ("cpu", "cuda") and parameter.is_floating_point() and dense
+
+
+def _start(optimizer: torch.optim.Optimizer) -> None:
+    """Give each parameter of a fused SGD its momentum: some may get their first gradient later than others."""
+    if not isinstance(optimizer, torch.optim.SGD):
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if group["fused"] and optimizer.state[parameter].get("momentum_buffer") is None:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def load_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
@@ -52,15 +74,19 @@ def load_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> No
 
     torch's fused kernels on the CPU go through the memory of weight, gradient and momentum side by side and do not look
     at strides (2.14): a momentum that was saved in another memory format would be added to the wrong weights. Gradients
-    need no such care, automatic differentiation gives them the strides of the parameter.
+    need no such care, automatic differentiation gives them the strides of a parameter that is one piece of memory.
+    Which kernels run is this optimizer's own choice, not that of the one that was saved.
     """
-    optimizer.load_state_dict(dict(state))
+    own = {name: optimizer.defaults[name] for name in ("fused", "foreach", "capturable") if name in optimizer.defaults}
+    groups = [{**group, **own} for group in state["param_groups"]]
+    optimizer.load_state_dict({**state, "param_groups": groups})
     for parameter, values in optimizer.state.items():
         for name, value in values.items():
             if not isinstance(value, torch.Tensor) or value.shape != parameter.shape:
                 continue
             if value.stride() != parameter.stride():
                 values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+    _start(optimizer)
 
 
 def _groups(

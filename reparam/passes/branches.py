@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 from reparam.errors import InputError, KernelError, near_matches
 from reparam.ops import recipes
 from reparam.ops.block import check_start, merge, new_tensors, wide_frame, widening
-from reparam.ops.expressions import Expression, has_norms
+from reparam.ops.expressions import Expression, Weight, has_norms
 from reparam.ops.frames import Frame
 from reparam.ops.params import ParamMap
 from reparam.ops.recipes import Recipe, Site, Unfit
@@ -187,13 +187,13 @@ class _Measured:
 
 
 def _structure(value: Any) -> Any:
-    """Return what decides about the size of an expression: everything but its functions, which fill tensors."""
+    """Return what decides about the size of an expression: everything but the functions that fill its weights."""
     if is_dataclass(value):
-        return type(value), tuple(_structure(getattr(value, part.name)) for part in fields(value))
+        filled = ("fixed", "start") if isinstance(value, Weight) else ()
+        items = vars(value).items()
+        return type(value), tuple((name, v is None if name in filled else _structure(v)) for name, v in items)
     if isinstance(value, tuple):
         return tuple(map(_structure, value))
-    if callable(value):
-        return True
     return value if type(value).__hash__ is not None else id(value)  # which stays its own while the key is kept
 
 

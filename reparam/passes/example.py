@@ -49,16 +49,13 @@ def example_for(model: nn.Module, skeleton: nn.Module, example: Any) -> Inputs:
     args, kwargs = normalise(example)
     _check_device_and_dtype(model, args, kwargs)
     args, kwargs = pytree.tree_map(lambda v: v.to("meta") if isinstance(v, Tensor) else v, (args, kwargs))
-    twice = _two_samples(skeleton, (args, kwargs))
-    if twice is not None:
-        return twice
     error = _try(skeleton, args, kwargs)
     if error is not None:
         raise InputError(
             f"{type(model).__name__} does not accept the example_input {describe(args) if args else describe(kwargs)}: "
             f"{type(error).__name__}: {error}; give an input that model(...) itself accepts"
         ) from error
-    return args, kwargs
+    return _two_samples(skeleton, (args, kwargs))
 
 
 def batch_of(inputs: Inputs) -> int | None:
@@ -72,15 +69,15 @@ def accepts(skeleton: nn.Module, inputs: Inputs) -> bool:
     return _try(skeleton, *inputs) is None
 
 
-def _two_samples(skeleton: nn.Module, inputs: Inputs) -> Inputs | None:
-    """Plan with two samples where one was given, if that runs: batch norm refuses to train on one value per channel."""
+def _two_samples(skeleton: nn.Module, inputs: Inputs) -> Inputs:
+    """Plan with two samples where one was given: batch norm refuses to train on a single value per channel."""
     if batch_of(inputs) != 1:
-        return None
+        return inputs
     twice: Inputs = pytree.tree_map(
         lambda v: v.new_empty((2, *v.shape[1:])) if isinstance(v, Tensor) else v,
         inputs,
     )
-    return None if _try(skeleton, *twice) is not None else twice
+    return inputs if _try(skeleton, *twice) is not None else twice
 
 
 def _check_device_and_dtype(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

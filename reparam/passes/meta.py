@@ -62,11 +62,17 @@ def _quick_norms() -> Iterator[None]:
     plain = F.batch_norm
 
     def quick(input: Tensor, running_mean: Any, running_var: Any, *args: Any, **kwargs: Any) -> Tensor:
-        training = args[2] if len(args) > 2 else kwargs.get("training", False)
-        values_per_channel = input.numel() // max(input.shape[1], 1) if input.dim() > 1 else 0
-        if input.device.type != "meta" or (training and values_per_channel == 1):  # which torch refuses
-            return plain(input, running_mean, running_var, *args, **kwargs)
-        return _batch_norm(input, running_mean, running_var, *args, **kwargs)
+        given = dict(zip(("weight", "bias", "training"), args, strict=False)) | kwargs
+        channels = input.shape[1:2]
+        usual = input.device.type == "meta" and all(
+            value is None or value.shape == channels
+            for value in (running_mean, running_var, given.get("weight"), given.get("bias"))
+        )
+        if given.get("training"):
+            usual = usual and input.numel() > channels.numel()  # one value per channel is refused
+        else:
+            usual = usual and running_mean is not None and running_var is not None
+        return (_batch_norm if usual else plain)(input, running_mean, running_var, *args, **kwargs)
 
     F.batch_norm = quick
     try:

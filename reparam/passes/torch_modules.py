@@ -7,9 +7,9 @@ projections, ``scaled_dot_product_attention`` and a linear layer, and the fast p
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import math
-import operator
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -46,26 +46,15 @@ def is_symbolic(*values: Any) -> bool:
 
 def everywhere(name: str, plain: Any, new: Any) -> list[Patch]:
     """Return patches for all modules that have a function under its own name, as ``from torch... import`` leaves it."""
-    return [(home, name, new) for home in _homes(name, plain)]
+    return [(home, name, new) for home in _homes(name, plain, len(sys.modules))]
 
 
-_searched: dict[tuple[str, Any], tuple[list[Any], list[Any]]] = {}
-"""Which modules were searched for a function, and those that have it."""
-
-
-def _homes(name: str, plain: Any) -> list[Any]:
-    """Search all modules, and later only those that have been imported since: thousands each time take long."""
-    modules = list(sys.modules.values())
-    searched, homes = _searched.get((name, plain), ([], []))
-    if len(modules) != len(searched):
-        known = len(searched)
-        if not all(map(operator.is_, searched, modules)) or known > len(modules):
-            known, homes = 0, []
-        found = [(home, getattr(home, "__dict__", {}).get(name)) for home in modules[known:]]
-        # A recording inside another one finds what that one put there.
-        homes = homes + [home for home, value in found if getattr(value, "reparam_plain", value) is plain]
-        _searched[name, plain] = modules, homes
-    return homes
+@functools.cache
+def _homes(name: str, plain: Any, _modules: int) -> list[Any]:
+    """Search all modules; again where more have been imported."""
+    found = [(home, getattr(home, "__dict__", {}).get(name)) for home in list(sys.modules.values())]
+    # A recording inside another one finds what that one put there.
+    return [home for home, value in found if value is not None and getattr(value, "reparam_plain", value) is plain]
 
 
 def torch_modules(record: Record) -> list[Patch]:
