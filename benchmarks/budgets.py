@@ -22,12 +22,10 @@ CUDA_MODELS = ("resnet18", "mobilenet_v1", "rvt_tiny")
 """Networks that the budgets of a GPU are for, at batch 256 and 224 px."""
 
 MISSED = {
-    ("surgery-models-import.json", "view of resnet18 over the plain student, eval mode"),
     ("surgery-models-import.json", "view of resnet18 over the plain student, train mode"),
-    ("surgery-models-import.json", "view of resnet50 over the plain student, train mode"),
-    ("surgery-models-import.json", "view of vit_small_patch16_224 over the plain student, train mode"),
+    ("surgery-models-import.json", "view of resnet50 over the plain student, eval mode"),
 }
-"""Results and figures that are over their budget, and known to be: narrowing costs 3% to 5% of a forward pass there.
+"""Results and figures that are over their budget, and known to be: narrowing costs 3% to 6% of a forward pass there.
 
 Measured in two rounds on a noisy machine; a figure that comes to keep its budget has to leave this list.
 """
