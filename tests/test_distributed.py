@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -212,12 +213,12 @@ def test_death_of_a_process_ends_the_run_and_it_can_go_on(place, again):
     job = {"arguments": line, "accident": {"what": "die", "rank": 1, "step": 8}, "mark": str(mark)}
     (place / "death.json").write_text(json.dumps([job]))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    # The time limit is far below the half hour after which gloo gives up, and far above what a slow machine needs.
+    started = time.monotonic()
     done = subprocess.run(
-        [*torchrun, WORKER, str(place / "death.json")], env=environment(), capture_output=True, text=True, timeout=300,
+        [*torchrun, WORKER, str(place / "death.json")], env=environment(), capture_output=True, text=True, timeout=100,
         check=False,
     )  # fmt: skip
-    assert mark.exists()
+    assert mark.exists() and time.monotonic() - started < 90
     assert done.returncode not in (0, -signal.SIGKILL) and "Signal 9 (SIGKILL) received" in done.stderr
     assert re.search(r"error: process 0 of 2 lost the others.*go on with --resume auto", done.stderr), done.stderr
     assert "Warning" not in done.stderr
@@ -229,7 +230,7 @@ def test_death_of_a_process_ends_the_run_and_it_can_go_on(place, again):
     else:
         rest = subprocess.run(
             [*torchrun, "-m", "reparam", "train", *line], env=environment(), capture_output=True, text=True,
-            timeout=300, check=False,
+            timeout=100, check=False,
         )  # fmt: skip
         assert rest.returncode == 0, rest.stderr
         told = rest.stdout
