@@ -243,8 +243,9 @@ def parts(
     dynamic: Tensor | None = None
     for name in learners.names:
         outputs = run(name, batch.images)
-        total = _against_static(learners, name, outputs, answers, batch, config) if against else None
-        total = cross_entropy(outputs.logits, batch, config) if total is None else total
+        total = cross_entropy(outputs.logits, batch, config)
+        if against and name in learners.losses:
+            total = _against_static(total, learners.losses[name], outputs, answers, batch, config)
         if name == STUDENT and dynamic is not None:
             soft = soft_term(outputs.logits, dynamic, config, epoch)
             total = total if soft is None else total + soft
@@ -256,20 +257,17 @@ def parts(
 
 
 def _against_static(
-    learners: Learners,
-    name: str,
+    labelled: Tensor,
+    loss: nn.Module,
     outputs: Outputs,
     answers: Sequence[Outputs],
     batch: Batch,
     config: TrainConfig,
-) -> Tensor | None:
-    """``ce_weight CE + ramp D``; None where a learner has no loss against the static teacher."""
-    if name not in learners.losses:
-        return None
-    loss = learners.losses[name]
+) -> Tensor:
+    """``ce_weight CE + ramp D`` for a learner with a loss against the static teacher."""
     assert isinstance(loss, Distiller)  # ModuleDict knows modules only
     ce_weight, share = loss.shares()
-    total = ce_weight * cross_entropy(outputs.logits, batch, config)
+    total = ce_weight * labelled
     if not share:
         return total
     if config.standardise:

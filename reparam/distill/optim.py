@@ -82,9 +82,8 @@ def load_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> No
     optimizer.load_state_dict({**state, "param_groups": groups})
     for parameter, values in optimizer.state.items():
         for name, value in values.items():
-            if not isinstance(value, torch.Tensor) or value.shape != parameter.shape:
-                continue
-            if value.stride() != parameter.stride():
+            alike = isinstance(value, torch.Tensor) and value.shape == parameter.shape
+            if alike and value.stride() != parameter.stride():
                 values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
     _start(optimizer)
 

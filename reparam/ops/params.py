@@ -174,12 +174,9 @@ class ParamMap:
     def _with_noise(self, value: Tensor, scale: float, generator: torch.Generator | None) -> Tensor:
         """Return the replicas of ``value`` with the noise of :meth:`_add_noise`: each number is written once."""
         assert self.noise is not None
-        counts = [
-            m.innermost or 1 if m is not None else 1
-            for m in map(self.maps.get, (self.noise.out_dim, self.noise.in_dim))
-        ]
-        wide = value.new_empty(self.wide_shape)
         dims = (self.noise.out_dim, self.noise.in_dim)
+        counts = [self.wide_shape[dim] // self.shape[dim] for dim in dims]
+        wide = value.new_empty(self.wide_shape)
         value, view = value.movedim(dims, (0, 1)), wide.movedim(dims, (0, 1))
         for row in range(counts[0]):
             slots = [view[row :: counts[0], column :: counts[1]] for column in range(counts[1])]
