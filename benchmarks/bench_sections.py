@@ -14,7 +14,7 @@ def step(data: dict[str, Any], with_budgets: bool = True) -> str:
     """Return the tables of a training step and of its parts."""
     switches = [word for word in ("compile", "channels_last", "cuda_graph") if data[word]]
     how = ", ".join([data["precision"], data["optimizer"], *switches, f"{data['threads']} threads"])
-    static = f", static teacher {data['teacher']}" if data["teacher"] else ""
+    static = f", static teacher {data['teacher']}, method {data['method']}" if data["teacher"] else ""
     lines = [
         f"### Step: {data['model']}, batch {data['batch']} at {data['size']} px, ratio {data['ratio']}\n",
         f"{how}{static}.",

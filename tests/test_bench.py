@@ -9,7 +9,7 @@ import torch
 
 from reparam.bench import command, costs, growth, scale, surgery, timing
 from reparam.bench import imports as imports_module
-from reparam.bench.step import GPD, IDEAL, STUDENT, WIDE, prepare, recipe_names
+from reparam.bench.step import GPD, IDEAL, STUDENT, WIDE, file_name, prepare, recipe_names
 from reparam.bench.subjects import setting
 from reparam.cli import build_parser, main
 from reparam.distill.distributed import Group
@@ -120,6 +120,19 @@ def test_rows_of_a_step(result):
         assert row["images_per_second"] == pytest.approx(4 / row["seconds"]["median"], rel=1e-3)
         assert row["share_of_roofline"] == max(row["share_of_peak"], row["share_of_bandwidth"])
     assert ideal["over_ideal"]["median"] == 1
+    assert result["steps"]["kd"]["parameter_bytes"] == result["steps"][STUDENT]["parameter_bytes"]
+    # Neither plain nor wide: the student's step and one answer of the static teacher.
+    of_the_teacher = ideal["multiply_adds"] - sum(result["steps"][name]["multiply_adds"] for name in (STUDENT, WIDE))
+    assert result["steps"]["kd"]["multiply_adds"] == result["steps"][STUDENT]["multiply_adds"] + of_the_teacher
+
+
+def test_methods_have_files_of_their_own():
+    given = argparse.Namespace(model="resnet18", ratio=2, batch=4, size=8, precision="fp32", teacher="resnet34")
+    vars(given).update(optimizer="sgd", compile=False, channels_last=False, cuda_graph=False)
+    names = set()
+    for given.method in ("kd", "dkd", "kdiffusion"):
+        names.add(file_name(given, torch.device("cpu")))
+    assert len(names) == 3 and "step-resnet18-r2-batch4-8-fp32-cpu-resnet34" in names
 
 
 def test_sizes_of_a_step(result):

@@ -36,7 +36,7 @@ from reparam.ops.recipes import get as get_recipe
 from reparam.passes.teacher import require_teacher
 
 STUDENT, WIDE, IDEAL, GPD, NATIVE = "plain student", "plain wide", "ideal", "GPD", "native wide"
-"""Names of the rows; GPD with branches is ``GPD + RECIPE``."""
+"""Names of the rows; GPD with branches is ``GPD + RECIPE``, a method against a static teacher alone its own name."""
 
 MERGED, APART = "merged", "every branch run"
 
@@ -133,6 +133,9 @@ def prepare(where: Setting, options: argparse.Namespace, recipes: list[str]) -> 
                    IDEAL: Job(ideal, lambda: [*small.tensors(), *large.tensors(), *answering])}  # fmt: skip
     bench.sizes = {STUDENT: student.sizes, WIDE: wide.sizes, IDEAL: lambda: _sum(student.sizes(), wide.sizes())}
     bench.parts = {STUDENT: plain_parts(student), WIDE: plain_parts(wide)}
+    if static is not None:
+        step = EngineStep(where, where.build(options.model), options.method, None, [static], options.teacher)
+        bench.steps[options.method], bench.sizes[options.method] = step.job(), step.sizes
     for recipe in [None, *recipes]:
         _add_gpd(bench, options, recipe, [] if static is None else [static])
     for recipe in recipes if options.side_by_side else ():
@@ -269,6 +272,7 @@ def file_name(options: argparse.Namespace, device: torch.device) -> str:
     words = ["step", records.public(options.model), f"r{options.ratio}", f"batch{options.batch}", str(options.size)]
     words += [options.precision, device.type]
     words += [records.public(options.teacher)] if options.teacher else []
+    words += [options.method] if options.method != "kd" else []
     words += [options.optimizer] if options.optimizer != "sgd" else []
     switches = ("compile", "channels_last", "cuda_graph")
     words += [name.replace("_", "") for name in switches if getattr(options, name)]
