@@ -181,12 +181,13 @@ def test_fitnet_equals_its_formula(norm, size):
     weight = module.connector.conv.weight.detach().numpy()[:, :, 0, 0]
     bias = np.zeros(5) if norm else module.connector.conv.bias.detach().numpy()
     maps = np.einsum("oc,nchw->nohw", weight, student.numpy()) + bias[:, None, None]
+    maps = np.array([[pooled(plane, min(4, size[0]), min(6, size[1])) for plane in image] for image in maps])
     if norm:
         mean, variance = maps.mean((0, 2, 3), keepdims=True), maps.var((0, 2, 3), keepdims=True)
         maps = (maps - mean) / np.sqrt(variance + 1e-5)
     fitted = np.empty((3, 5, *size))
     for n, o in itertools.product(range(3), range(5)):
-        plane = pooled(maps[n, o], min(4, size[0]), min(6, size[1]))
+        plane = maps[n, o]
         for i, j in itertools.product(*map(range, size)):
             fitted[n, o, i, j] = plane[i * plane.shape[0] // size[0], j * plane.shape[1] // size[1]]
     np.testing.assert_allclose(module(student, teacher).detach(), mean_square(fitted, teacher), **CLOSE)

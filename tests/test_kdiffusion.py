@@ -24,6 +24,7 @@ from reparam.distill.kdiffusion import (
     scaled,
     trace,
 )
+from reparam.distill.kdiffusion.steps import last_prediction
 from reparam.errors import InputError
 
 TABLES = {
@@ -198,15 +199,42 @@ def test_no_gradient_reaches_targets_or_teacher():
     teacher.requires_grad_()
     found = trace(features, teacher, numbers, torch.arange(4))
     assert not any(target.requires_grad for target in found.targets)
-    found.loss().backward()
+    chain(features, teacher, numbers, torch.arange(4)).backward()
     assert teacher.grad is None
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    count=st.integers(2, 6),
+    start=st.sampled_from(["first", "zero"]),
+    noise=st.sampled_from(["student", "gaussian", "chain"]),
+    detach=st.booleans(),
+    shuffle=st.sampled_from(["iteration", "sample", "none"]),
+    format=st.sampled_from([torch.contiguous_format, torch.channels_last]),
+    seed=st.integers(0, 2**31),
+)
+def test_the_products_are_the_chain(count, start, noise, detach, shuffle, format, seed):
+    """Value and gradient of the loss, against automatic differentiation of the steps one after the other."""
+    features, teacher, numbers = problem(count, seed=seed)
+    features = [f.detach().contiguous(memory_format=format).requires_grad_() for f in features]
+    options = Options(features=count, start=start, noise=noise, detach=detach, shuffle=shuffle)
+    draw = lambda: torch.Generator().manual_seed(seed)
+    order = permutation(options, len(teacher), draw())
+    steps = trace(features, teacher, numbers, order, options, draw())
+    expected = sum(((f - t) ** 2).mean() for f, t in zip(steps.predictions, steps.targets, strict=True))
+    found = chain(features, teacher, numbers, order, options, draw())
+    whole = chain(torch.stack(features), teacher, numbers, order, options, draw())
+    assert torch.allclose(found, expected, rtol=1e-12) and torch.equal(found, whole)
+    assert torch.equal(last_prediction(torch.stack(features), order), steps.predictions[-1])
+    for ours, theirs in zip(torch.autograd.grad(found, features), torch.autograd.grad(expected, features), strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-10, atol=1e-14)
 
 
 def test_detached_predictions():
     features, teacher, numbers = problem()
     order = torch.arange(4)
     whole, cut = (chain(features, teacher, numbers, order, Options(features=4, detach=d)) for d in (False, True))
-    assert torch.equal(whole, cut)
+    assert torch.allclose(whole, cut, rtol=1e-12)
     first, second = (torch.autograd.grad(loss, features[0])[0] for loss in (whole, cut))
     x = trace(features, teacher, numbers, order, Options(features=4))
     own = 2 * (x.predictions[0] - x.targets[0]) * numbers.v[0] / x.targets[0].numel()
@@ -286,8 +314,10 @@ def test_bad_chains():
         call(features[:3])
     with pytest.raises(InputError, match=r"feature 1 of the student is \[3, 4, 4, 4\].*connector"):
         call([features[0], features[1][:, :4], *features[2:]])
-    with pytest.raises(InputError, match="must be a list of tensors"):
-        call(torch.stack(features))
+    with pytest.raises(InputError, match="must be tensors, one per head"):
+        call([None] * 4)
+    with pytest.raises(InputError, match="there are no features"):
+        call([])
     with pytest.raises(InputError, match="each of the numbers 0 to 3 once"):
         call(o=torch.tensor([0, 1, 1, 3]))
     with pytest.raises(InputError, match=r"int64 numbers \[4\] or \[3, 4\]"):
@@ -381,7 +411,7 @@ def test_the_connector_is_one_affine_function_of_all_heads():
     norm.running_mean.copy_(torch.randn(5))
     layer.eval()
     joined = layer.join(features, teacher)
-    assert torch.allclose(torch.stack(joined).mean(0), layer.connector(mean, (6, 6)), atol=1e-5)
+    assert torch.allclose(joined.mean(0), layer.connector(mean, (6, 6)), atol=1e-5)
 
 
 def test_weights_of_both_losses():

@@ -206,7 +206,7 @@ def test_the_loss_by_hand():
     for k, layer in enumerate(method.layers):
         joined, target = layer.join(learner.heads[k], answer.features[k]), answer.features[k]
         total += 0.5 * (k + 1) * kdiffusion.chain(joined, target, options.diffusion(), order, options)
-        estimate = kdiffusion.scaled(target).restore(torch.stack(joined).mean(0))
+        estimate = kdiffusion.scaled(target).restore(joined.mean(0))
         total += 2.0 * F.mse_loss(behind[k](estimate), behind[k](target))
     torch.testing.assert_close(value, total, rtol=1e-10, atol=0)
     found = [torch.autograd.grad(loss, learner.heads[0][0], retain_graph=True)[0] for loss in (value, total)]

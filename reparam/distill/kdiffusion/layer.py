@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from reparam.distill.kdiffusion.options import Options
-from reparam.distill.kdiffusion.steps import guided, permutation, trace
+from reparam.distill.kdiffusion.steps import chain, guided, last_prediction, permutation
 from reparam.distill.losses.hints import Connector
-from reparam.distill.losses.shared import as_map, fit_size
+from reparam.distill.losses.shared import as_map, fit_size, shrink
 from reparam.errors import InputError
 
 
@@ -42,16 +42,16 @@ class LayerLoss(nn.Module):
         self.connector = None if ours == theirs else Connector(ours, theirs, options.connector_norm)
         self.width = ours
 
-    def join(self, features: Sequence[Tensor], teacher: Tensor) -> list[Tensor]:
-        """The features behind the connector, each of the teacher's size."""
+    def join(self, features: Sequence[Tensor], teacher: Tensor) -> Tensor:
+        """The features behind the connector, ``[m, N, C, H, W]`` of the teacher's size."""
         if len(features) != self.options.features:
             raise InputError(f"expected {self.options.features} features, one per head, got {len(features)}")
-        maps = torch.cat([as_map(feature) for feature in features])
+        size = as_map(teacher).shape[2:]
+        maps = torch.cat([shrink(as_map(feature), size) for feature in features])
         if maps.shape[1] != self.width:
             raise InputError(f"made for features of {self.width} channels, got {list(features[0].shape)}")
-        height, width = as_map(teacher).shape[2:]
-        joined = fit_size(maps, (height, width)) if self.connector is None else self.connector(maps, (height, width))
-        return list(joined.chunk(len(features)))
+        joined = fit_size(maps, size) if self.connector is None else self.connector(maps, (size[0], size[1]))
+        return joined.unflatten(0, (len(features), -1))
 
     def forward(
         self,
@@ -74,11 +74,10 @@ class LayerLoss(nn.Module):
         joined = self.join(features, teacher)
         if order is None:
             order = permutation(options, len(teacher), generator, teacher.device)
-        found = trace(joined, teacher, self.numbers, order, options, generator)
-        loss = options.middle * self.weight * found.loss()
+        loss = options.middle * self.weight * chain(joined, teacher, self.numbers, order, options, generator)
         if head is None or not options.guide:
             return loss
-        estimate = torch.stack(joined).mean(dim=0) if options.guide_from == "mean" else found.predictions[-1]
+        estimate = joined.mean(dim=0) if options.guide_from == "mean" else last_prediction(joined, order)
         return loss + options.guide * guided(estimate, teacher, head, options)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -101,14 +102,9 @@ class Trace:
     targets: tuple[Tensor, ...]
     predictions: tuple[Tensor, ...]
 
-    def loss(self) -> Tensor:
-        """The mean squared difference of each step, summed."""
-        pairs = zip(self.predictions, self.targets, strict=True)
-        return torch.stack([F.mse_loss(ours, theirs) for ours, theirs in pairs]).sum()
-
 
 def trace(
-    features: Sequence[Tensor],
+    features: Sequence[Tensor] | Tensor,
     teacher: Tensor,
     numbers: Diffusion,
     order: Tensor,
@@ -124,26 +120,35 @@ def trace(
 
     Args and errors: see `chain`.
     """
-    options = options or Options(features=len(numbers), steps=max(len(numbers), 1000))
+    options = options or _usual(numbers)
     x = scaled(teacher, options.standardise).values
-    ordered = _ordered(features, x, numbers, order)
+    ordered = _ordered(_stacked(features, x), x, numbers, order)
+    noises = [y.detach() for y in ordered] if options.noise == "student" else _noises(x, options, generator)
+    return Trace(*_walk(ordered, x, noises, numbers, options, Tensor.detach))
+
+
+def _walk(
+    ordered: Sequence[Tensor],
+    x: Tensor,
+    noises: Sequence[Tensor],
+    numbers: Diffusion,
+    options: Options,
+    hold: Callable[[Tensor], Tensor],
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Targets and predictions, see `trace`; ``hold`` makes a value a constant of later steps."""
     value = ordered[0] if options.start == "first" else torch.zeros_like(x)
     targets, predictions = [], []
     for k, y in enumerate(ordered):
-        past = value.detach() if options.detach else value
-        if options.noise == "chain":
-            begin = past
-        else:
-            noise = y.detach() if options.noise == "student" else _gaussian(x, generator)
-            begin = numbers.signal[k] * x + numbers.noise[k] * noise
+        past = hold(value) if options.detach else value
+        begin = past if options.noise == "chain" else numbers.signal[k] * x + numbers.noise[k] * noises[k]
         targets.append(numbers.u[k] * begin + numbers.v[k] * x)
         value = numbers.u[k] * past + numbers.v[k] * y
         predictions.append(value)
-    return Trace(tuple(targets), tuple(predictions))
+    return tuple(targets), tuple(predictions)
 
 
 def chain(
-    features: Sequence[Tensor],
+    features: Sequence[Tensor] | Tensor,
     teacher: Tensor,
     numbers: Diffusion,
     order: Tensor,
@@ -153,10 +158,12 @@ def chain(
     """The loss of one layer in one iteration: squared differences of both chains (see `trace`), summed over the steps.
 
     Of each step the mean over all elements. The student's features are those behind the connector, in the scale of the
-    standardised teacher.
+    standardised teacher. Both chains are linear in the features: all steps at once are two products of an ``m x m``
+    matrix with the features, one of them with gradient.
 
     Args:
-        features: the ``m`` features of the student, each ``[N, C, H, W]`` (or ``[N, C]``) of the teacher's size.
+        features: the ``m`` features of the student, each ``[N, C, H, W]`` (or ``[N, C]``) of the teacher's size: a
+            list, or one tensor ``[m, N, C, H, W]``.
         teacher: the teacher's feature as it is; detached.
         numbers: of the schedule, `Options.diffusion`.
         order: see `permutation`.
@@ -169,14 +176,70 @@ def chain(
 
     Source: Kdiffusion, equations 8 to 13, with the corrected coefficients of `diffusion`.
     """
-    return trace(features, teacher, numbers, order, options, generator).loss()
+    options = options or _usual(numbers)
+    x = scaled(teacher, options.standardise).values
+    stacked = _stacked(features, x)
+    _check_order(stacked, x, numbers, order)
+    count, dtype = len(numbers), torch.promote_types(stacked.dtype, x.dtype)
+    whole, learned = (matrix.to(x.device, dtype) for matrix in _differences(numbers, options))
+    rank = order.reshape(-1, count).argsort(dim=1)  # the step of each feature: for all images, or for each
+    y, constants = _rows(stacked.to(dtype), torch.stack([x, *_noises(x, options, generator)]).to(dtype), len(rank))
+    with torch.autocast(x.device.type, enabled=False):
+        with torch.no_grad():
+            target = _by_feature(learned[:, :count] - whole[:, :count], rank) @ y
+            mixed = whole[:, count : count + constants.shape[1]].expand(len(rank), -1, -1)
+            target.baddbmm_(mixed, constants, alpha=-1)
+        return count * F.mse_loss(_by_feature(learned[:, :count], rank) @ y, target)
 
 
-def average(features: Sequence[Tensor], teacher: Tensor, options: Options | None = None) -> Tensor:
+def _by_feature(matrix: Tensor, rank: Tensor) -> Tensor:
+    """Columns for the steps as columns for the features, ``[groups, steps, features]``."""
+    return matrix[:, rank].transpose(0, 1)
+
+
+def _rows(features: Tensor, constants: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Maps ``[m, N, C, H, W]`` as ``[groups, m, rest]``: a view of the features if they are dense in either format."""
+    last = features[0].is_contiguous(memory_format=torch.channels_last)
+    flat = [values.movedim(2, -1) if last else values for values in (features, constants)]
+    first, second = (values.reshape(len(values), groups, -1).transpose(0, 1) for values in flat)
+    return first, second
+
+
+@functools.lru_cache(maxsize=64)
+def _differences(numbers: Diffusion, options: Options) -> tuple[Tensor, Tensor]:
+    """Predictions minus targets as matrices in float64: what they are, and what of it is learned from.
+
+    Rows are steps. Columns are the ``m`` features in the order of the chain, the data, and the ``m`` noises. The second
+    matrix is the derivative: the walk is linear, so it is the walk of what has a gradient, with 0 for constants.
+    """
+    count = len(numbers)
+    basis = torch.eye(2 * count + 1, dtype=torch.float64)
+    ordered, x, noises = list(basis[:count]), basis[count], list(basis[count + 1 :])
+    if options.noise == "student":
+        noises = ordered
+    nothing = torch.zeros_like(x)
+    whole = _walk(ordered, x, noises, numbers, options, lambda value: value)
+    learned = _walk(ordered, nothing, [nothing] * count, numbers, options, torch.zeros_like)
+    first, second = (torch.stack(theirs).neg() + torch.stack(ours) for theirs, ours in (whole, learned))
+    return first, second
+
+
+def last_prediction(features: Tensor, order: Tensor) -> Tensor:
+    """Where the student's chain ends: the feature that came last, since the last step keeps nothing before it.
+
+    Args:
+        features: ``[m, N, C, H, W]``.
+        order: see `permutation`.
+    """
+    last = order[..., -1]
+    return features[last] if last.dim() == 0 else features[last, torch.arange(len(last), device=last.device)]
+
+
+def average(features: Sequence[Tensor] | Tensor, teacher: Tensor, options: Options | None = None) -> Tensor:
     """The paper's control: the mean squared difference between the mean of all heads and the teacher; no diffusion.
 
     Args:
-        features: of the student, each of the teacher's size.
+        features: of the student, each of the teacher's size, see `chain`.
         teacher: the teacher's feature; detached.
         options: ``standardise`` matters.
 
@@ -186,7 +249,7 @@ def average(features: Sequence[Tensor], teacher: Tensor, options: Options | None
     Source: Kdiffusion, table 2, row "average".
     """
     target = scaled(teacher, options is None or options.standardise).values
-    return F.mse_loss(torch.stack(_checked(features, target)).mean(dim=0), target)
+    return F.mse_loss(_stacked(features, target).mean(dim=0), target)
 
 
 def guided(
@@ -217,7 +280,7 @@ def guided(
     with torch.no_grad():
         wanted = promote(head(teacher))
     target = scaled(teacher, options is None or options.standardise)
-    (value,) = _checked([estimate], target.values)
+    value = _stacked(estimate[None], target.values)[0]
     restored = target.restore(value).reshape(teacher.shape).to(teacher.dtype)
     return F.mse_loss(promote(head(restored)), wanted)
 
@@ -226,30 +289,39 @@ def _state(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [*module.named_parameters(), *module.named_buffers()]
 
 
-def _gaussian(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    return torch.randn(like.shape, dtype=like.dtype, device=like.device, generator=generator)
+def _noises(x: Tensor, options: Options, generator: torch.Generator | None) -> list[Tensor]:
+    """Gaussian noise of every step, if there is some."""
+    if options.noise != "gaussian":
+        return []
+    count = options.features
+    return [torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device) for _ in range(count)]
 
 
-def _checked(features: Sequence[Tensor], target: Tensor) -> list[Tensor]:
-    """Features as maps in full precision, all of the target's size."""
-    if isinstance(features, Tensor) or not features:
-        raise InputError("the features of the student must be a list of tensors, one per head")
+def _usual(numbers: Diffusion) -> Options:
+    return Options(features=len(numbers), steps=max(len(numbers), 1000))
+
+
+def _stacked(features: Sequence[Tensor] | Tensor, target: Tensor) -> Tensor:
+    """Features as maps ``[m, N, C, H, W]`` in full precision, each of the target's size."""
+    if not isinstance(features, Tensor) and not all(isinstance(feature, Tensor) for feature in features):
+        raise InputError("the features of the student must be tensors, one per head")
+    if not len(features):
+        raise InputError("there are no features of the student; a chain needs one per head")
     check_floating(*features)
-    maps = [as_map(promote(feature)) for feature in features]
-    for number, value in enumerate(maps):
-        if value.shape != target.shape:
+    for number, value in enumerate(features):
+        if as_map(value).shape != target.shape:
             raise InputError(
                 f"feature {number} of the student is {list(value.shape)}, the teacher's {list(target.shape)}; a "
                 "connector (reparam.distill.kdiffusion.LayerLoss has one) brings it to that size"
             )
-    return maps
+    whole = features if isinstance(features, Tensor) else torch.stack([promote(feature) for feature in features])
+    return promote(whole).reshape(len(features), *target.shape)
 
 
-def _ordered(features: Sequence[Tensor], target: Tensor, numbers: Diffusion, order: Tensor) -> list[Tensor]:
-    maps = _checked(features, target)
+def _check_order(stacked: Tensor, target: Tensor, numbers: Diffusion, order: Tensor) -> None:
     count = len(numbers)
-    if len(maps) != count:
-        raise InputError(f"a chain of {count} steps needs as many features, got {len(maps)}")
+    if len(stacked) != count:
+        raise InputError(f"a chain of {count} steps needs as many features, got {len(stacked)}")
     shapes = [(count,), (len(target), count)]
     if order.dtype != torch.int64 or tuple(order.shape) not in shapes:
         raise InputError(
@@ -259,7 +331,10 @@ def _ordered(features: Sequence[Tensor], target: Tensor, numbers: Diffusion, ord
     expected = torch.arange(count).expand_as(order) if order.device.type == "cpu" else None
     if expected is not None and not torch.equal(order.sort(dim=-1).values, expected):
         raise InputError(f"order must hold each of the numbers 0 to {count - 1} once, got {order.tolist()}")
-    stacked = torch.stack(maps)
+
+
+def _ordered(stacked: Tensor, target: Tensor, numbers: Diffusion, order: Tensor) -> list[Tensor]:
+    _check_order(stacked, target, numbers, order)
     if order.dim() == 1:
         return list(stacked[order])
     return list(stacked[order.T, torch.arange(len(target), device=order.device)])

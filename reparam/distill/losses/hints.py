@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reparam.distill.losses.shared import as_map, check_floating, constant, fit_size, promote
+from reparam.distill.losses.shared import as_map, check_floating, constant, fit_size, promote, shrink
 from reparam.errors import InputError
 
 
@@ -32,9 +32,10 @@ def hint(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 class Connector(nn.Module):
-    """From student features to teacher features: a 1 x 1 convolution, its norm, then the teacher's height and width.
+    """From student features to teacher features: a 1 x 1 convolution and its norm, at the teacher's height and width.
 
-    Larger maps are average-pooled, smaller ones repeat pixels. Vectors ``[N, C]`` are maps of size 1 x 1.
+    Larger maps are average-pooled first, which a 1 x 1 convolution does not mind, so that the norm sees what is
+    compared and there is less to compute; smaller ones repeat pixels last. Vectors ``[N, C]`` are maps of size 1 x 1.
 
     Args:
         student_channels: channels of the student.
@@ -52,7 +53,8 @@ class Connector(nn.Module):
         maps = as_map(features)
         if maps.shape[1] != self.conv.in_channels:
             raise InputError(f"the connector takes {self.conv.in_channels} channels, got {list(features.shape)}")
-        return fit_size(self.norm(self.conv(maps.to(self.conv.weight.dtype))), size)
+        small = shrink(maps.to(self.conv.weight.dtype), size)
+        return fit_size(self.norm(self.conv(small)), size)
 
 
 class FitNet(nn.Module):

@@ -154,10 +154,13 @@ def as_map(features: Tensor) -> Tensor:
     return features
 
 
+def shrink(maps: Tensor, size: Sequence[int]) -> Tensor:
+    """Average-pool maps that are larger than a height and width; the others stay."""
+    pooled = (min(maps.shape[2], size[0]), min(maps.shape[3], size[1]))
+    return maps if pooled == tuple(maps.shape[2:]) else F.adaptive_avg_pool2d(maps, pooled)
+
+
 def fit_size(maps: Tensor, size: Sequence[int]) -> Tensor:
     """Bring maps to a height and width: average pooling where they are larger, repeated pixels where smaller."""
-    height, width = size
-    pooled = (min(maps.shape[2], height), min(maps.shape[3], width))
-    if pooled != tuple(maps.shape[2:]):
-        maps = F.adaptive_avg_pool2d(maps, pooled)
-    return maps if pooled == (height, width) else F.interpolate(maps, size=(height, width), mode="nearest")
+    pooled, wanted = shrink(maps, size), tuple(size)
+    return pooled if tuple(pooled.shape[2:]) == wanted else F.interpolate(pooled, size=wanted, mode="nearest")
