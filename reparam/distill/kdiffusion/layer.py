@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from reparam.distill.kdiffusion.options import Options
-from reparam.distill.kdiffusion.steps import chain, guided, last_prediction, permutation
+from reparam.distill.kdiffusion.steps import chain, guided, last_prediction, mean_of, permutation
 from reparam.distill.losses.hints import Connector
 from reparam.distill.losses.shared import as_map, fit_size, shrink
 from reparam.errors import InputError
@@ -77,7 +77,7 @@ class LayerLoss(nn.Module):
         loss = options.middle * self.weight * chain(joined, teacher, self.numbers, order, options, generator)
         if head is None or not options.guide:
             return loss
-        estimate = joined.mean(dim=0) if options.guide_from == "mean" else last_prediction(joined, order)
+        estimate = mean_of(joined) if options.guide_from == "mean" else last_prediction(joined, order)
         return loss + options.guide * guided(estimate, teacher, head, options)
 
 
