@@ -9,8 +9,9 @@ from typing import Any
 
 def draw(results: Mapping[str, dict[str, Any]], folder: Path) -> list[Path]:
     """Draw what there are results for into ``folder`` and return the files."""
-    # What was measured before a change stands in a table of its own.
-    steps = {n: data for n, data in results.items() if data.get("kind") == "step" and not n.startswith("before-")}
+    # What was measured before a change stands in a table of its own, and no ideal is that of heads or features.
+    every = {name: data for name, data in results.items() if data.get("kind") == "step"}
+    steps = {name: data for name, data in every.items() if not name.startswith("before-") and not data["teacher"]}
     surgery = [data for data in results.values() if data.get("kind") == "surgery" and "growth" in data]
     found = []
     if steps:
