@@ -8,6 +8,7 @@ division on the input side so that activations keep their scale).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -183,7 +184,11 @@ class ParamMap:
             quiet = 0 if row and len(slots) > 1 else 1 if len(slots) > 2 else len(slots)
             for slot in slots[:quiet]:
                 slot.copy_(value)
-            _write_noisy(slots[quiet:], value, scale / len(slots), generator)
+            noisy = slots[quiet:]
+            for slot, eps in zip(
+                noisy, _cancelling(len(noisy), value.shape, scale / len(slots), generator, value), strict=True
+            ):
+                torch.add(value, eps, out=slot)
         return wide
 
     def to_json(self) -> dict[str, Any]:
@@ -256,15 +261,17 @@ def _replica_positions(replica_map: ReplicaMap) -> list[Positions]:
     return positions
 
 
-def _write_noisy(slots: list[Tensor], value: Tensor, scale: float, generator: torch.Generator | None) -> None:
-    """Write ``value`` plus noise into each of the slots so that the noise sums to zero over them."""
+def _cancelling(
+    count: int, shape: torch.Size, scale: float, generator: torch.Generator | None, like: Tensor
+) -> Iterator[Tensor]:
+    """Draw ``count`` tensors of noise that sum to zero, one after the other; each is to be used before the next."""
     total: Tensor | None = None
-    for slot in slots[:-1]:
-        eps = _draw(value.shape, scale, generator, value)
+    for _ in range(count - 1):
+        eps = _draw(shape, scale, generator, like)
         total = eps if total is None else total + eps
-        torch.add(value, eps, out=slot)
+        yield eps
     if total is not None:  # the last one takes what is missing to zero
-        torch.sub(value, total, out=slots[-1])
+        yield total.neg_()
 
 
 def _draw(shape: torch.Size, scale: float, generator: torch.Generator | None, like: Tensor) -> Tensor:
@@ -278,16 +285,10 @@ def _noise_block(
     """Add noise to ``view[rows, c]`` for each c of ``columns`` so that it sums to zero over them."""
     if len(columns) < 2:
         return
-    total: Tensor | None = None
-    for k, column in enumerate(columns):
-        block = view[rows][:, column]
-        if total is not None and k == len(columns) - 1:  # the last replica takes what is missing to zero
-            eps = total.neg_()
-        else:
-            eps = _draw(block.shape, scale, generator, view)
-            total = eps if total is None else total + eps
+    shape = view[rows][:, columns[0]].shape
+    for column, eps in zip(columns, _cancelling(len(columns), shape, scale, generator, view), strict=True):
         if isinstance(rows, slice) and isinstance(column, slice):
-            block += eps
+            view[rows, column] += eps
         else:
             index = torch.arange(view.shape[0])[rows][:, None].to(view.device)
-            view[index, torch.arange(view.shape[1])[column].to(view.device)] = block + eps
+            view[index, torch.arange(view.shape[1])[column].to(view.device)] += eps
