@@ -130,27 +130,36 @@ def main() -> int:
         teacher = {"method": "baseline", "model": options.static, "epochs": options.static_epochs or base.epochs}
         trained = dataclasses.replace(base, **teacher, seed=1000, output=str(static))
         running[f"static teacher {options.static}"] = _start(trained), static
-    while waiting or running:
-        ready = [place for place in waiting if not place[1].static or (static / files.SUMMARY).is_file()]
-        while ready and len(running) < options.jobs and time.monotonic() < deadline:
-            place = ready.pop(0)
-            waiting.remove(place)
-            name, arm, seed = place
-            running[name] = _start(_config(base, arm, seed, runs, options, static)), _folder(runs, arm, seed)
-        if not running:
-            break
-        connection.wait(
-            [process.sentinel for process, _ in running.values()], max(0.0, min(deadline - time.monotonic(), 1e6))
-        )
-        if time.monotonic() >= deadline:
-            waiting = []
-            for process, _ in running.values():
-                process.terminate()  # SIGTERM: the run saves its state and ends
-                process.join()
-        for name in [name for name, (process, _) in running.items() if not process.is_alive()]:
-            _report(name, *running.pop(name))
-            _write(options, base, chosen, seeds, runs, device)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        while waiting or running:
+            ready = [place for place in waiting if not place[1].static or (static / files.SUMMARY).is_file()]
+            while ready and len(running) < options.jobs and time.monotonic() < deadline:
+                place = ready.pop(0)
+                waiting.remove(place)
+                name, arm, seed = place
+                running[name] = _start(_config(base, arm, seed, runs, options, static)), _folder(runs, arm, seed)
+            if not running:
+                break
+            connection.wait(
+                [process.sentinel for process, _ in running.values()], max(0.0, min(deadline - time.monotonic(), 1e6))
+            )
+            if time.monotonic() >= deadline:
+                waiting = []
+                _end(running)
+            for name in [name for name, (process, _) in running.items() if not process.is_alive()]:
+                _report(name, *running.pop(name))
+                _write(options, base, chosen, seeds, runs, device)
+    finally:  # nothing goes on behind the back of who stopped this, in folders that the next call takes up
+        _end(running)
     return 0
+
+
+def _end(running: dict[str, tuple[BaseProcess, Path]]) -> None:
+    for process, _ in running.values():
+        process.terminate()  # SIGTERM: the run saves its state and ends
+    for process, _ in running.values():
+        process.join()
 
 
 def _start(config: TrainConfig) -> BaseProcess:

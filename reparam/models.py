@@ -196,6 +196,9 @@ def _call_builder(target: Any, spec: str, options: dict[str, Any]) -> nn.Module:
     try:
         model = target(**options)
     except Exception as error:
+        refused = re.search(r"unexpected keyword argument '(\w+)'", str(error)) if type(error) is TypeError else None
+        if refused and refused[1] in options:  # behind its **kwargs
+            raise InputError(f"{spec} takes no argument {refused[1]}: {_located(error)}") from error
         raise ModelError(f"{_call(spec, options)} failed: {_located(error)}") from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"{_call(spec, options)} returned a {type(model).__name__}, not an nn.Module")

@@ -83,6 +83,12 @@ def test_options_reach_the_settings():
         ("--milestones 3,6", "--milestones would have no effect"),
         ("--decay-epochs 3", "--decay-epochs would have no effect"),
         ("--min-lr 0.1 --schedule step", "--min-lr would have no effect"),
+        ("--epochs 3 --schedule multistep --milestones 1,3", "--milestones .*: the run ends before the last of them"),
+        ("--epochs 2 --schedule step --decay-epochs 2", "--decay-epochs .*: the run ends before the first decay"),
+        ("--epochs 2 --kd-start-epoch 3", "--kd-start-epoch would have no effect: the run ends before that epoch"),
+        ("--method annealing --teacher t --epochs 9 --anneal-epochs 9", "--anneal-epochs .* before its second phase"),
+        ("--method kd --teacher t --tau-schedule constant --tau-min 3", "--tau-min .*: a constant temperature stays"),
+        ("--method kdiffusion --teacher t --beta 0 --guide-from last", "--guide-from .*: --beta 0 leaves out"),
     ],
 )
 def test_options_without_effect_are_refused(line, message):
@@ -102,7 +108,22 @@ def test_a_recipe_may_hold_settings_that_another_method_leaves_unused():
         ({"epochs": 0}, "--epochs must be at least 1, got 0"),
         ({"batch_size": 1}, "--batch-size must be at least 2, got 1"),
         ({"lr": -0.1}, "--lr must be positive, got -0.1"),
-        ({"lr": float("nan")}, "--lr must be positive, got nan"),
+        ({"lr": float("nan")}, "--lr must be a number, got the number nan"),
+        ({"kd_weight": float("inf")}, "--kd-weight must be a number, got the number inf"),
+        ({"epochs": "5"}, "--epochs must be a whole number, got the text '5'"),
+        ({"epochs": 2.5}, "--epochs must be a whole number, got the number 2.5"),
+        ({"method": None}, "--method must be text, got nothing"),
+        ({"seed": 2**32}, "--seed must be at most 4294967295, got 4294967296"),
+        ({"threads": 10**6}, "--threads must be at most"),
+        (
+            {"schedule": "multistep", "milestones": (3, 1)},
+            "--milestones 3,1: name epochs from 1 on, each once and in o",
+        ),
+        ({"schedule": "multistep", "milestones": (0, 1)}, "--milestones 0,1: name epochs from 1 on"),
+        ({"lr": 0.1, "min_lr": 0.3}, "--min-lr 0.3 is above --lr 0.1"),
+        ({"lr": 0.1, "warmup_lr": 0.3}, "--warmup-lr 0.3 is above --lr 0.1"),
+        ({"widen": 2}, "--widen trains a widened network for itself, and --method gpd widens its student"),
+        ({"method": "gdp"}, "unknown method 'gdp'; did you mean 'gpd'"),
         ({"kd_weight": -1}, "--kd-weight must be at least 0"),
         ({"label_smoothing": 1.0}, r"--label-smoothing must lie in \[0, 1\), got 1.0"),
         ({"optimizer": "lion"}, "--optimizer must be one of sgd, adamw, got 'lion'"),
@@ -142,6 +163,25 @@ def test_run_compares(tmp_path, capsys):
     line = f"--epochs 1 --limit-train 50 --compare --seeds 4 --output {tmp_path / 'run'}"
     assert run(parser().parse_args(line.split())) == 0
     assert "GPD minus the best baseline" in capsys.readouterr().out
+
+
+def test_every_seed_is_checked_before_the_first_run(tmp_path, capsys):
+    line = f"--epochs 1 --compare --seeds 1,99999999999 --output {tmp_path / 'run'}"
+    with pytest.raises(InputError, match="--seed must be at most"):
+        run(parser().parse_args(line.split()))
+    assert "runs of" not in capsys.readouterr().out and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("option", "text"), [("--milestones", "1,x"), ("--head-weights", "1,,2")])
+def test_lists_that_are_none(option, text, capsys):
+    with pytest.raises(SystemExit):
+        parser().parse_args([option, text])
+    assert f"'{text}' is not a list of" in capsys.readouterr().err
+
+
+def test_a_default_rate_counts_too():
+    with pytest.raises(InputError, match=r"--min-lr 0\.5 is above --lr 0\.1"):
+        TrainConfig(min_lr=0.5).resolved()
 
 
 def test_seeds_need_compare():

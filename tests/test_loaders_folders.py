@@ -14,7 +14,7 @@ from PIL import Image
 from test_loaders import CPU, all_same
 
 from reparam.distill.config import TrainConfig
-from reparam.distill.data import load_source
+from reparam.distill.data import _read_image, load_source
 from reparam.distill.loaders import Shard, make_loader
 from reparam.distill.sampling import Positions
 from reparam.errors import DataError
@@ -150,6 +150,25 @@ def test_an_unreadable_image_ends_the_run_by_default(root):
     (path,) = damage(root, "val", 2)
     with pytest.raises(DataError, match=re.escape(path)):
         list(loader_of(root).test())
+
+
+def test_sixteen_bits_become_eight(tmp_path):
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    image = np.asarray(_read_image(str(tmp_path / "ramp.png")))
+    assert image.shape == (16, 16, 3) and np.array_equal(image[..., 1], ramp >> 8)
+    Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "ramp.tiff")
+    with pytest.raises(DataError, match=r"ramp.tiff is not .* \(its values, mode F, have no known range\); convert it"):
+        _read_image(str(tmp_path / "ramp.tiff"))
+
+
+def test_one_class_is_nothing_to_tell_apart(root):
+    for path in [*(root / "train" / "dog").iterdir(), *(root / "val" / "dog").iterdir()]:
+        path.unlink()
+    for split in ("train", "val"):
+        (root / split / "dog").rmdir()
+    with pytest.raises(DataError, match="has one class, 'cat'"):
+        load_source(f"folder:{root}")
 
 
 def test_the_next_readable_image_takes_its_place(root):

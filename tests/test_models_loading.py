@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 
+from reparam.distill.students import build
 from reparam.errors import FormatError, InputError, ModelError
 from reparam.models import load_model, load_weights, read_weights, save_weights
 
@@ -85,6 +86,13 @@ def test_nested_callable(nets: Path) -> None:
 
 def test_callable_in_a_module() -> None:
     assert load_model("torchvision.models:squeezenet1_1", num_classes=5)(torch.zeros(1, 3, 64, 64)).shape == (1, 5)
+
+
+def test_arguments_behind_kwargs_are_tried() -> None:
+    """torchvision's builders take ``**kwargs`` and hand them on to a class that knows no ``in_chans``."""
+    with pytest.raises(InputError, match=r"torchvision.models:resnet18 takes no argument in_chans: TypeError"):
+        load_model("torchvision.models:resnet18", num_classes=5, in_chans=3)
+    assert build("torchvision.models:resnet18", 5, 3).fc.out_features == 5
 
 
 def test_module_in_the_current_folder(nets: Path, monkeypatch: pytest.MonkeyPatch) -> None:

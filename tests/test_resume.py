@@ -187,6 +187,11 @@ def test_finished_run_is_not_run_again(tmp_path, nets, teacher_run, order, capsy
     again = train(dataclasses.replace(config, quiet=False))
     assert not order and again == json.loads(json.dumps(summary))
     assert "holds a finished run; nothing to do" in capsys.readouterr().out
+    (tmp_path / "run" / "summary.json").write_text('{"a": 1}')
+    with pytest.raises(FormatError, match=r"summary.json is damaged or was written by another .*: it lacks config"):
+        train(config)
+    with pytest.raises(FormatError, match=r"is a folder, not a checkpoint; to go on in it: --output .* --resume auto"):
+        train(dataclasses.replace(config, resume=str(tmp_path / "run"), output=str(tmp_path / "other")))
 
 
 @pytest.mark.parametrize("name", ["metrics.csv", "student.safetensors", "teacher.safetensors"])

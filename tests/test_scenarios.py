@@ -189,6 +189,20 @@ def test_evaluate_of_a_damaged_run(tmp_path, capsys):
     (folder / "config.json").write_text("{")
     assert main(["evaluate", str(folder)]) == 2
     assert "config.json is damaged" in capsys.readouterr().err
+    (folder / "config.json").write_text('{"a": 1}')
+    assert main(["evaluate", str(folder)]) == 2
+    assert "config.json is damaged or was written by another version: it lacks config" in capsys.readouterr().err
+
+
+def test_evaluate_says_that_a_run_has_not_finished(tmp_path, capsys):
+    folder = tmp_path / "run"
+    words = ["--fast-dev-run", "--limit-train", "100", "--batch-size", "20", "--method", "baseline", "--quiet"]
+    assert main(["train", *words, "--output", str(folder)]) == 0
+    assert main(["evaluate", str(folder)]) == 0
+    assert "has not finished" not in capsys.readouterr().out
+    (folder / "summary.json").unlink()
+    assert main(["evaluate", str(folder)]) == 0
+    assert "the run has not finished (summary.json is missing)" in capsys.readouterr().out
 
 
 # Pictures and events -------------------------------------------------------------------------------------------------

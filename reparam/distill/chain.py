@@ -135,7 +135,12 @@ def _check(config: TrainConfig) -> None:
             raise InputError("--assistant-checkpoint and --assistant-epochs belong to --assistant, which was not given")
         return
     names = config.assistant.split(",")
-    if wanted == 0 or (wanted is not None and len(names) != wanted):
+    if wanted == 0:
+        raise InputError(
+            f"--assistant {config.assistant}: --method {config.method} has no network between teacher and student; "
+            "gapkd, takd and dgkd have"
+        )
+    if wanted is not None and len(names) != wanted:
         raise InputError(f"--method {config.method} has {wanted} assistants, --assistant names {len(names)}")
     for name in names:
         ratio = name.removeprefix(GROWN)

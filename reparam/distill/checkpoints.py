@@ -73,6 +73,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         FormatError: missing, damaged, or written by another version.
     """
+    if path.is_dir():
+        raise FormatError(f"{path} is a folder, not a checkpoint; to go on in it: --output {path} --resume auto")
     if not path.is_file():
         raise FormatError(f"no such checkpoint: {path}")
     content = path.read_bytes()

@@ -66,6 +66,8 @@ def compare(config: TrainConfig, seeds: Sequence[int], command: Sequence[str] = 
         raise InputError("--compare runs the baselines itself; --method names what to compare with them")
     if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
         raise InputError(f"--seeds needs different numbers that are not negative, got {list(seeds)}")
+    for seed in seeds:
+        dataclasses.replace(config, seed=seed)  # refuses what is too large
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("--compare runs in one process; start it without torchrun, or start its runs one by one")
     if config.resume is not None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import functools
+import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from reparam.distill.ranges import check_ranges
+from reparam.distill.ranges import check_ranges, check_types
 
 DEFAULT_MODEL = "cifar_resnet8_w8"
 _OPTION = "option"
@@ -36,12 +39,18 @@ class Option:
 
 def numbers(text: str) -> tuple[int, ...]:
     """Read ``"30,60,90"`` as numbers."""
-    return tuple(int(part) for part in text.split(","))
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 30,60,90") from None
 
 
 def weights(text: str) -> tuple[float, ...]:
     """Read ``"1,0.5"`` as numbers."""
-    return tuple(float(part) for part in text.split(","))
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 1,0.5") from None
 
 
 def _option(default: Any, group: str, help: str, kind: Callable[[str], Any] = str, **extra: Any) -> Any:
@@ -298,6 +307,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work."""
+        check_types(self, declared())
         check_ranges(self, {name: option.choices for name, (option, _) in options().items() if option.choices})
 
     @property
@@ -343,3 +353,9 @@ class TrainConfig:
 def options() -> dict[str, tuple[Option, Any]]:
     """Return the command line option and the default of every setting, in order of declaration."""
     return {field.name: (field.metadata[_OPTION], field.default) for field in dataclasses.fields(TrainConfig)}
+
+
+@functools.cache
+def declared() -> dict[str, Any]:
+    """Return the declared type of every setting."""
+    return typing.get_type_hints(TrainConfig)

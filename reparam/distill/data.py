@@ -87,10 +87,11 @@ class UnreadableImage(DataError):
     Args:
         path: the file.
         reason: what is wrong with it, in a word or two.
+        way_out: what to do.
     """
 
-    def __init__(self, path: str, reason: str) -> None:
-        super().__init__(f"folder: {path} is not a readable image ({reason}); repair or remove it")
+    def __init__(self, path: str, reason: str, way_out: str = "repair or remove it") -> None:
+        super().__init__(f"folder: {path} is not a readable image ({reason}); {way_out}")
         self.path, self.reason = path, reason
 
 
@@ -120,6 +121,8 @@ def load_source(spec: str, limit_train: int | None = None) -> Source:
         hint = near_matches(kind, ["digits", *_READERS])
         known = ", ".join(["digits", *(f"{name}:{'FILE' if name == 'npz' else 'DIR'}" for name in _READERS)])
         raise DataError(f"unknown data {spec!r}{hint}; known: {known}")
+    if len(source.classes) < 2:
+        raise DataError(f"data {spec!r} has one class, {source.classes[0]!r}; there is nothing to tell apart")
     return source if limit_train is None else _limited(source, limit_train)
 
 
@@ -253,13 +256,28 @@ def _folder(root: Path) -> Folders:
 
 def _read_image(path: str) -> Any:
     """Read one image; PIL's own message says neither what was being read nor what to do."""
-    from torchvision.datasets.folder import default_loader
+    from PIL import Image
 
     try:
-        return default_loader(path)
+        with Image.open(path) as image:
+            if image.mode in ("I", "F"):
+                reason = f"its values, mode {image.mode}, have no known range"
+                raise UnreadableImage(path, reason, "convert it to 8 or 16 bits")
+            return _in_colour(image)
+    except UnreadableImage:
+        raise
     except Exception as error:  # decoders of damaged files raise whatever they like: OSError, ValueError, struct.error
         reason = "truncated" if "truncated" in str(error) else getattr(error, "strerror", None) or type(error).__name__
         raise UnreadableImage(path, reason) from error
+
+
+def _in_colour(image: Any) -> Any:
+    """Return an image of 8 bits in RGB; PIL would cut everything above 255 off one of 16 bits."""
+    if image.mode.startswith("I;16"):
+        from PIL import Image
+
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def _check_classes(split: Path) -> None:

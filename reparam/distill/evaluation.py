@@ -77,7 +77,7 @@ def evaluate_run(
     classes = len(source.classes)
     student = build(config.model, classes, source.in_chans).to(place)
     loader = make_loader(source, config, student, place)
-    trained = files.read_json(path / files.CONFIG)["data"]
+    (trained,) = files.read_entries(path / files.CONFIG, "data")
     facts = loader.facts
     # Resident data is normalised by its own statistics; the networks were trained with those of the run's data.
     seen = dataclasses.replace(facts, mean=tuple(trained["mean"]), std=tuple(trained["std"]))
@@ -94,6 +94,8 @@ def evaluate_run(
         rows = evaluate.measure(entries, loader.test(), place=normalised)
     table = [dataclasses.asdict(row) for row in rows]
     print(f"{path}: {config.model} on {facts.test_images:,} test images of {facts.name}")
+    if not (path / files.SUMMARY).is_file():
+        print(f"the run has not finished ({files.SUMMARY} is missing): these are the weights that it saved last")
     print(report.networks_table(table))
     if json is not None:
         files.write_json(Path(json), {"table": table, **provenance(f"reparam evaluate {path.name}", place)})
@@ -174,7 +176,7 @@ def _config_of(folder: Path) -> TrainConfig:
     """The settings of the run in ``folder``."""
     if not (folder / files.CONFIG).is_file() or not (folder / files.STUDENT).is_file():
         raise InputError(f"{folder} is no output folder of reparam train: it lacks {files.CONFIG} or {files.STUDENT}")
-    saved = files.read_json(folder / files.CONFIG).get("config", {})
+    (saved,) = files.read_entries(folder / files.CONFIG, "config")
     unknown = sorted(set(saved) - set(settings()))
     if unknown:
         raise FormatError(f"{folder / files.CONFIG} was written by another version: unknown {', '.join(unknown)}")

@@ -165,6 +165,19 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def read_entries(path: Path, *names: str) -> list[Any]:
+    """Read entries of a file that `write_json` wrote.
+
+    Raises:
+        FormatError: damaged, or without one of them.
+    """
+    content = read_json(path)
+    lacking = [name for name in names if not isinstance(content, dict) or name not in content]
+    if lacking:
+        raise FormatError(f"{path} is damaged or was written by another version: it lacks {', '.join(lacking)}")
+    return [content[name] for name in names]
+
+
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Let ``write`` fill a temporary file beside ``path`` and move it there in one step."""
     partial = path.with_name(f".{path.stem}.partial{path.suffix}")

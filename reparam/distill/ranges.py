@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from reparam.distill.values import converted
 from reparam.errors import InputError
 
 _AT_LEAST = {
@@ -48,6 +50,8 @@ _AT_LEAST = {
     "save_steps": 1,
     "save_epochs": 1,
 }
+_AT_MOST = {"seed": 2**32 - 1, "threads": 16 * (os.cpu_count() or 1), "image_size": 16384}
+"""NumPy takes no larger seed; far more threads than cores end in a crash of their library."""
 _POSITIVE = (
     "lr",
     "decay_epochs",
@@ -96,19 +100,31 @@ STATIC_ONLY = (
 """Settings of the loss against a static teacher; without one they would have no effect."""
 
 
-def check_ranges(config: Any, choices: Mapping[str, tuple[str, ...]]) -> None:
-    """Refuse values out of range and settings that contradict each other.
+def check_types(config: Any, annotations: Mapping[str, Any]) -> None:
+    """Refuse values of other types than declared.
 
     Raises:
-        InputError: names the option, its value and what it could be.
+        InputError: names the option.
     """
     if isinstance(config.ratio, bool) or not isinstance(config.ratio, int):
         raise InputError(
             f"--ratio of a training run is one int for all layers, got {config.ratio!r}; reparam.expand and "
             "reparam.plan take a mapping"
         )
+    for name, annotation in annotations.items():
+        converted(getattr(config, name), annotation, flag(name))
+
+
+def check_ranges(config: Any, choices: Mapping[str, tuple[str, ...]]) -> None:
+    """Refuse values out of range and settings that contradict each other.
+
+    Raises:
+        InputError: names the option, its value and what it could be.
+    """
     for name, lowest in _AT_LEAST.items():
         _require(config, name, lambda value, lowest=lowest: value >= lowest, f"be at least {lowest}")
+    for name, highest in _AT_MOST.items():
+        _require(config, name, lambda value, highest=highest: value <= highest, f"be at most {highest}")
     for name in _POSITIVE:
         _require(config, name, lambda value: value > 0, "be positive")
     for name in _SHARES:
@@ -148,6 +164,12 @@ _IDLE: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     ("prefactor", lambda config: config.beta == 0, "--beta 0 leaves out the term that it weighs"),
     ("warmup_lr", lambda config: config.warmup_epochs == 0, "there is no warm-up"),
+    ("tau_min", lambda config: config.tau_schedule == "constant", "a constant temperature stays at --tau-max"),
+    ("guide_from", lambda config: config.beta == 0, "--beta 0 leaves out the guided loss"),
+    ("kd_start_epoch", lambda config: config.kd_start_epoch > config.epochs, "the run ends before that epoch"),
+    ("anneal_epochs", lambda config: config.anneal_epochs >= config.epochs, "the run ends before its second phase"),
+    ("decay_epochs", lambda config: config.decay_epochs >= config.epochs, "the run ends before the first decay"),
+    ("milestones", lambda config: config.milestones[-1] >= config.epochs, "the run ends before the last of them"),
 )
 """Settings, when they have no effect, and why."""
 
@@ -184,10 +206,24 @@ def _check_together(config: Any) -> None:
         raise InputError(f"--warmup-epochs {config.warmup_epochs} leaves nothing of --epochs {config.epochs}")
     if config.cooldown_epochs and config.warmup_epochs + config.cooldown_epochs >= config.epochs:
         raise InputError(f"--cooldown-epochs {config.cooldown_epochs} leaves nothing of --epochs {config.epochs}")
+    for name in ("min_lr", "warmup_lr"):
+        value = getattr(config, name)
+        if config.lr is not None and value is not None and value > config.lr:
+            raise InputError(f"{flag(name)} {value:g} is above --lr {config.lr:g}, the largest of the schedule")
+    if config.widen is not None and config.gpd:
+        raise InputError(
+            f"--widen trains a widened network for itself, and --method {config.method} widens its student: leave out "
+            "--widen and say how much with --ratio, or use --method baseline"
+        )
     if config.checkpoint is not None and config.pretrained:
         raise InputError("--checkpoint and --pretrained were both given; choose the weights to start from")
     if config.schedule == "multistep" and not config.milestones:
         raise InputError("--schedule multistep needs --milestones, the epochs after which the learning rate decays")
+    late = [*(config.milestones or ())]
+    if late != sorted(set(late)) or (late and late[0] < 1):
+        raise InputError(
+            f"--milestones {','.join(map(str, late))}: name epochs from 1 on, each once and in order, such as 30,60,90"
+        )
     if config.teacher_checkpoint is not None and config.teacher is None:
         raise InputError(
             "--teacher-checkpoint holds the weights of the static teacher; name its network with --teacher"
@@ -205,6 +241,9 @@ def _check_method(config: Any) -> None:
             f"--method is baseline, gpd, one loss against a static teacher, or gpd+LOSS; got {config.method!r}"
         )
     if static and config.teacher is None:
+        from reparam.distill.methods import get_distiller  # which know the settings
+
+        get_distiller(static[0])  # a misspelled name needs no teacher, but another name
         raise InputError(
             f"--method {config.method}: {static[0]} compares with a static teacher; name it with --teacher"
         )

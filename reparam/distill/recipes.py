@@ -10,31 +10,21 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from reparam.distill.config import TrainConfig
+from reparam.distill.config import TrainConfig, declared
 from reparam.distill.plain_yaml import read_yaml, write_yaml
 from reparam.distill.ranges import flag
+from reparam.distill.values import converted, shown
 from reparam.errors import InputError, near_matches
 
 VERSION = 1
 FOLDER = Path(__file__).parent / "recipe_files"
 _ENDINGS = (".yaml", ".yml")
 _KEYS = ("version", "description", "source", "reference", "extends", "needs", "settings")
-_ANNOTATIONS = typing.get_type_hints(TrainConfig)
-_WORDS: dict[Any, str] = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    tuple: "a list of numbers",
-}
-_LARGEST = 1e300
 
 
 @dataclass(frozen=True)
@@ -186,13 +176,13 @@ def _mapping(value: Any, where: str, what: str) -> dict[str, Any]:
     if value is None and what != "the file":
         return {}
     if not isinstance(value, dict):
-        raise InputError(f"{where}: {what} must be a mapping (lines of 'key: value'), got {_shown(value)}")
+        raise InputError(f"{where}: {what} must be a mapping (lines of 'key: value'), got {shown(value)}")
     return value
 
 
 def _text(value: Any, where: str, what: str) -> str:
     if value is not None and not isinstance(value, str):
-        raise InputError(f"{where}: {what} must be text, got {_shown(value)}; put it in quotes")
+        raise InputError(f"{where}: {what} must be text, got {shown(value)}; put it in quotes")
     return (value or "").strip()
 
 
@@ -210,41 +200,4 @@ def _check_names(settings: Mapping[Any, Any], where: str) -> None:
 def _checked(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Settings with values of the types that `TrainConfig` declares."""
     _check_names(settings, where)
-    return {name: _converted(value, _ANNOTATIONS[name], f"{where}: {name}") for name, value in settings.items()}
-
-
-def _converted(value: Any, annotation: Any, where: str) -> Any:
-    """The value as the annotation has it: ``T``, ``T | None``, or ``tuple[T, ...]``."""
-    is_union = isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union
-    allowed = typing.get_args(annotation) if is_union else (annotation,)
-    if value is None and type(None) in allowed:
-        return None
-    wanted = next(kind for kind in allowed if kind is not type(None))
-    kind = typing.get_origin(wanted) or wanted
-    if kind is tuple and isinstance(value, (list, tuple)):
-        return tuple(_converted(entry, typing.get_args(wanted)[0], f"{where}, an entry") for entry in value)
-    if kind is float and type(value) in (int, float) and abs(value) <= _LARGEST:
-        return float(value)
-    if kind in (bool, int, str) and type(value) is kind:
-        return value
-    raise InputError(f"{where} must be {_WORDS[kind]}, got {_shown(value)}{_way_out(value, kind)}")
-
-
-def _way_out(value: Any, kind: type) -> str:
-    if kind is str:
-        return f"; write '{str(value).lower() if isinstance(value, bool) else value}', with quotes"
-    if isinstance(value, str) and kind in (int, float):
-        try:
-            kind(value)
-        except ValueError:
-            return ""
-        return f"; write {value}, without quotes"
-    return "; leave the line out for the default" if value is None else ""
-
-
-def _shown(value: Any) -> str:
-    kinds: dict[type, str] = {bool: "", int: "the number ", float: "the number ", str: "the text "}
-    if value is None:
-        return "nothing"
-    shown = str(value).lower() if isinstance(value, bool) else repr(value)
-    return f"{kinds.get(type(value), '')}{shown if len(shown) <= 80 else shown[:77] + '...'}"
+    return {name: converted(value, declared()[name], f"{where}: {name}") for name, value in settings.items()}

@@ -75,16 +75,16 @@ def _check(name: str, tau_max: float, tau_min: float, epochs: int) -> None:
         known = ", ".join(SCHEDULES)
         raise InputError(f"unknown temperature schedule {name!r}{near_matches(str(name), SCHEDULES)}; known: {known}")
     for label, value in (("tau_max", tau_max), ("tau_min", tau_min)):
-        if not (value > 0 and math.isfinite(value)):
-            raise InputError(f"{label} must be a positive temperature, got {value}")
-    if tau_min > tau_max:
+        if not (isinstance(value, (int, float)) and value > 0 and math.isfinite(value)):
+            raise InputError(f"{label} must be a positive temperature, got {value!r}")
+    if name != "constant" and tau_min > tau_max:
         raise InputError(f"temperatures fall from tau_max to tau_min, got tau_max={tau_max} < tau_min={tau_min}")
     if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
         raise InputError(f"a schedule needs a whole number of epochs, at least 1, got {epochs!r}")
     if name == "dtm" and epochs == 1 and tau_min < tau_max:
         raise InputError(
             f"the schedule 'dtm' starts at tau_max={tau_max} and ends at tau_min={tau_min}, which one epoch cannot do; "
-            "train for two epochs or more, or use the schedule 'constant'"
+            "train for two epochs or more (an assistant: --assistant-epochs), or use the schedule 'constant'"
         )
 
 

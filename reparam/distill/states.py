@@ -32,11 +32,11 @@ def finished(config: TrainConfig) -> dict[str, Any] | None:
     path = Path(config.output).expanduser() / files.SUMMARY
     if not path.is_file():
         return None
-    summary = files.read_json(path)
-    checkpoints.check_same(summary["config"], asdict(config), path)
+    (settings,) = files.read_entries(path, "config")
+    checkpoints.check_same(settings, asdict(config), path)
     if not config.quiet:
         print(f"{path.parent} holds a finished run; nothing to do")
-    return summary
+    return files.read_json(path)
 
 
 def resumed(config: TrainConfig) -> checkpoints.Found | None:

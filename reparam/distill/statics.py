@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from reparam.distill.config import TrainConfig
 from reparam.distill.evaluate import count_parameters
-from reparam.distill.files import CONFIG, STUDENT, read_json
+from reparam.distill.files import CONFIG, STUDENT, read_entries
 from reparam.distill.loaders import Facts
 from reparam.distill.methods.base import Outputs
 from reparam.distill.students import build, check_fit, grown
-from reparam.errors import FormatError, InputError
+from reparam.errors import InputError, ModelError
 from reparam.models import TIMM_SCHEMES, load_weights
 
 GROWN = "expand:"
@@ -122,13 +122,15 @@ def _load(
     weights = None if path is None else str(path / STUDENT if path.is_dir() else path)
     if weights is None and ":" in spec and not spec.startswith(TIMM_SCHEMES):
         raise InputError(f"{option} {spec} is a network without weights; give them with {option}-checkpoint")
-    network = build(
-        model,
-        facts.classes,
-        facts.image_shape[0],
-        checkpoint=None if widen else weights,
-        pretrained=weights is None,
-    ).to(example.device)
+    sizes, given = (facts.classes, facts.image_shape[0]), None if widen else weights
+    try:
+        network = build(model, *sizes, checkpoint=given, pretrained=weights is None).to(example.device)
+    except ModelError as error:
+        if weights is not None:
+            raise
+        raise ModelError(
+            f"{error}; {option} {spec} needs weights: timm's, or a file or a run folder given with {option}-checkpoint"
+        ) from error
     if weights is None:
         _check_head(option, spec, network, facts)
     if widen:
@@ -169,13 +171,8 @@ def _read_run(option: str, path: Path, spec: str, model: str, widen: int | None)
     """Return the facts about the data of the run in ``path``, whose student has to be ``model``."""
     if not (path / CONFIG).is_file() or not (path / STUDENT).is_file():
         raise InputError(f"{option}-checkpoint {path} is no output folder of a run: it lacks {CONFIG} or {STUDENT}")
-    content = read_json(path / CONFIG)
-    try:
-        found, data = content["config"], content["data"]
-        same = (found["model"], found.get("widen")) == (model, widen)
-    except (TypeError, KeyError) as error:
-        raise FormatError(f"{path / CONFIG} was written by another version: it lacks {error}") from error
-    if not same:
+    found, data = read_entries(path / CONFIG, "config", "data")
+    if (found.get("model"), found.get("widen")) != (model, widen):
         wide = f" widened by {found['widen']}" if found.get("widen") else ""
-        raise InputError(f"{option}-checkpoint {path} is a run of {found['model']}{wide}, but {option} is {spec}")
+        raise InputError(f"{option}-checkpoint {path} is a run of {found.get('model')}{wide}, but {option} is {spec}")
     return dict(data)

@@ -88,7 +88,9 @@ class Options:
         if not self.layer_weights:
             return 1.0
         if len(self.layer_weights) != layers:
-            raise InputError(f"layer_weights holds {len(self.layer_weights)} weights for {layers} layers")
+            raise InputError(
+                f"layer_weights (--head-weights) holds {len(self.layer_weights)} weights for {layers} layers with heads"
+            )
         return self.layer_weights[layer]
 
 
