@@ -288,6 +288,16 @@ def test_to_moves_the_teacher() -> None:
         assert error(teacher(X), view(X)) < 1e-5
 
 
+def test_a_teacher_refuses_the_students_weights() -> None:
+    model = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
+    teacher = reparam.expand(model, 2, example_input=torch.randn(2, 3))
+    with pytest.raises(InputError, match=r"0\.weight has the student's shape \[5, 3\], the teacher's is \[10, 3\]"):
+        teacher.load_state_dict(model.state_dict())
+    other = reparam.expand(model, 2, example_input=torch.randn(2, 3))  # other noise
+    teacher.load_state_dict(other.state_dict())
+    assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in teacher.state_dict().items())
+
+
 def test_the_view_has_the_students_state_dict() -> None:
     model = net()
     view = reparam.student_view(teacher_of(model))

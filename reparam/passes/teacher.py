@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -84,6 +84,21 @@ class Teacher(fx.GraphModule):
             # Python code takes what it always took, also inputs that the example left out (detection targets).
             type(self).forward = lambda module, *args, **kwargs: module.__dict__[HOST](*args, **kwargs)
         return code
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Load a teacher's state_dict, see ``nn.Module``.
+
+        Raises:
+            InputError: it is the student's: which of its many expansions is wanted, a state_dict cannot say.
+        """
+        for name, row in self.plan.params.items():
+            value = state_dict.get(name)
+            if isinstance(value, Tensor) and tuple(value.shape) == row.shape != row.wide_shape:
+                raise InputError(
+                    f"{name} has the student's shape {list(row.shape)}, the teacher's is {list(row.wide_shape)}: load "
+                    "these weights into the student and expand it again; a teacher's own come from its state_dict()"
+                )
+        return super().load_state_dict(state_dict, *args, **kwargs)
 
     @property
     def plan(self) -> Plan:
