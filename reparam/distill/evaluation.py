@@ -73,9 +73,46 @@ def evaluate_run(
     changes: dict[str, Any] = {"data": data, "batch_size": batch_size}
     config = dataclasses.replace(config, **{name: value for name, value in changes.items() if value is not None})
     place = resolve_device(device)
+    run = _load(path, config, place)
+    with torch.no_grad(), tf32(False):
+        rows = evaluate.measure(run.entries, run.loader.test(), place=run.normalised)
+    table = [dataclasses.asdict(row) for row in rows]
+    print(f"{path}: {config.model} on {run.facts.test_images:,} test images of {run.facts.name}")
+    if not (path / files.SUMMARY).is_file():
+        print(f"the run has not finished ({files.SUMMARY} is missing): these are the weights that it saved last")
+    print(report.networks_table(table))
+    if json is not None:
+        files.write_json(Path(json), {"table": table, **provenance(f"reparam evaluate {path.name}", place)})
+    if picture is not None:
+        networks = _pictured(run.entries, config, run.facts, run.example)
+        _draw_logits(networks, run.loader, run.normalised, run.classes, picture)
+    return 0 if all(row.passed for row in rows if row.same_as is not None) else 1
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What a run left, and its test data.
+
+    Attributes:
+        classes: their names.
+        loader: of the data.
+        facts: of the loader, with the normalisation of the run's own data.
+        normalised: gives images of the loader that normalisation.
+        example: two of them.
+        entries: the networks.
+    """
+
+    classes: Sequence[str]
+    loader: Loader
+    facts: Facts
+    normalised: Callable[[torch.Tensor], torch.Tensor]
+    example: torch.Tensor
+    entries: list[Entry]
+
+
+def _load(path: Path, config: TrainConfig, place: torch.device) -> _Run:
     source = load_source(config.data, config.limit_train)
-    classes = len(source.classes)
-    student = build(config.model, classes, source.in_chans).to(place)
+    student = build(config.model, len(source.classes), source.in_chans).to(place)
     loader = make_loader(source, config, student, place)
     (trained,) = files.read_entries(path / files.CONFIG, "data")
     facts = loader.facts
@@ -90,19 +127,7 @@ def evaluate_run(
     for suffix, own, wide in (("", files.STUDENT, files.TEACHER), (EMA, files.STUDENT_EMA, files.TEACHER_EMA)):
         if (path / own).is_file():
             entries += _entries(student, path / own, path / wide, example, config, suffix)
-    with torch.no_grad(), tf32(False):
-        rows = evaluate.measure(entries, loader.test(), place=normalised)
-    table = [dataclasses.asdict(row) for row in rows]
-    print(f"{path}: {config.model} on {facts.test_images:,} test images of {facts.name}")
-    if not (path / files.SUMMARY).is_file():
-        print(f"the run has not finished ({files.SUMMARY} is missing): these are the weights that it saved last")
-    print(report.networks_table(table))
-    if json is not None:
-        files.write_json(Path(json), {"table": table, **provenance(f"reparam evaluate {path.name}", place)})
-    if picture is not None:
-        networks = _pictured(entries, config, seen, example)
-        _draw_logits(networks, loader, normalised, source.classes, picture)
-    return 0 if all(row.passed for row in rows if row.same_as is not None) else 1
+    return _Run(source.classes, loader, seen, normalised, example, entries)
 
 
 def _pictured(
