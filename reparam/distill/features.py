@@ -195,62 +195,70 @@ def continued(network: nn.Module, wanted: Wanted, normalised: Callable[[Tensor],
         normalised: gives images the teacher's normalisation.
         example: images ``[N, C, H, W]``; two at least show whether one image will do.
     """
-    names, layouts = wanted.stages.features, wanted.stages.layouts
-    calls = dict.fromkeys(names, 0)
+    return _Continuation(network, wanted, normalised, example)
 
-    def hooked(stack: contextlib.ExitStack, name: str, hook: Callable[..., Any]) -> None:
-        stack.callback(network.get_submodule(name).register_forward_hook(hook).remove)
 
-    def counted(name: str) -> Callable[..., None]:
-        return lambda *_arguments: calls.update({name: calls[name] + 1})
+class _Continuation:
+    """See `continued`."""
 
-    def run(images: Tensor, level: int, value: Tensor) -> Tensor:
-        seen = dict.fromkeys(names, 0)
+    def __init__(
+        self, network: nn.Module, wanted: Wanted, normalised: Callable[[Tensor], Tensor], example: Tensor
+    ) -> None:
+        self._network, self._normalised = network, normalised
+        self._names, self._layouts = wanted.stages.features, wanted.stages.layouts
+        self._calls = dict.fromkeys(self._names, 0)
+        with contextlib.ExitStack() as stack, torch.no_grad():
+            for name in self._names:
+                self._hook(stack, name, lambda *_, name=name: self._calls.update({name: self._calls[name] + 1}))
+            known = Observed(network, wanted)(normalised(example))
+        values = [*known.features, known.logits]
+        self._brief = frozenset(level for level, layout in enumerate(self._layouts) if not layout.prefix)
+        self._brief = frozenset(
+            level for level in self._brief if self._needs_one(example, level, values[level], values[level + 1])
+        )
+
+    def __call__(self, images: Tensor, level: int, value: Tensor) -> Tensor:
+        """What the network makes of ``value`` as its feature of that level: its next feature, or its logits."""
+        seen = dict.fromkeys(self._names, 0)
         found: list[Tensor] = []
 
         def last(name: str) -> bool:
             seen[name] += 1
-            return seen[name] == calls[name]
+            return seen[name] == self._calls[name]
 
         def put(_module: nn.Module, _given: Any, output: Tensor) -> Tensor | None:
-            if not last(names[level]):
+            if not last(self._names[level]):
                 return None
             # A copy, which the network may change in place.
-            return layouts[level].from_map(value, output).to(output.dtype).clone()
+            return self._layouts[level].from_map(value, output).to(output.dtype).clone()
 
         def take(_module: nn.Module, _given: Any, output: Tensor) -> None:
-            if last(names[level + 1]):
-                found.append(layouts[level + 1].to_map(output, (images.shape[2], images.shape[3])).clone())
+            if last(self._names[level + 1]):
+                found.append(self._layouts[level + 1].to_map(output, (images.shape[2], images.shape[3])).clone())
                 raise _Reached
 
         with contextlib.ExitStack() as stack:
-            hooked(stack, names[level], put)
-            if level + 1 < len(names):
-                hooked(stack, names[level + 1], take)
+            self._hook(stack, self._names[level], put)
+            if level + 1 < len(self._names):
+                self._hook(stack, self._names[level + 1], take)
             try:
-                return logits_in(network(normalised(images[:1] if level in brief else images)))
+                return logits_in(self._network(self._normalised(images[:1] if level in self._brief else images)))
             except _Reached:
                 return found[0]
 
-    def needs_one(level: int) -> bool:
+    def _hook(self, stack: contextlib.ExitStack, name: str, hook: Callable[..., Any]) -> None:
+        stack.callback(self._network.get_submodule(name).register_forward_hook(hook).remove)
+
+    def _needs_one(self, images: Tensor, level: int, value: Tensor, expected: Tensor) -> bool:
         """Whether the network makes the same of a feature when it has seen one image only."""
         try:
-            found = run(example, level, known.features[level])
+            with torch.no_grad():
+                found = self(images, level, value)
         except Exception:  # its own code, which counts the images
             return False
-        expected = [*known.features, known.logits][level + 1]
         return (
-            len(example) > 1 and found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-3, atol=1e-5)
+            len(images) > 1 and found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-3, atol=1e-5)
         )
-
-    with contextlib.ExitStack() as counting, torch.no_grad():
-        for name in names:
-            hooked(counting, name, counted(name))
-        known = Observed(network, wanted)(normalised(example))
-    brief = frozenset(level for level, layout in enumerate(layouts) if not layout.prefix)
-    with torch.no_grad():
-        brief = frozenset(level for level in brief if needs_one(level))
-    return run
 
 
 __all__ = ["HeadTaps", "Needs", "Observed", "Wanted", "continued", "needs"]
