@@ -156,3 +156,25 @@ def test_a_root_that_assigns_its_buffer_is_refused() -> None:
 
     with pytest.raises(CaptureError, match="assigns a new tensor to its buffer last"):
         reparam.expand(Root(), 2, example_input=torch.randn(2, 3, 8, 8))
+
+
+class Unused(Layers):
+    """Computes values of its parameters for a fast path that it does not take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch.exp(self.scale.double()) * 2
+        x = self.b(torch.sigmoid(self.a(x))) * self.scale.view(-1, 1, 1)
+        return self.head(x)
+
+
+def test_what_is_computed_from_parameters_and_not_used() -> None:
+    model = randomise(Unused().double()).eval()
+    teacher = reparam.expand(model, 2, example_input=sample((2, 3, 8, 8)))
+    assert teacher.scale.shape == (16,)
+    x = sample((2, 3, 6, 6), 3)
+    with torch.no_grad():
+        assert error(model(x), teacher(x)) < 1e-12
