@@ -850,6 +850,8 @@ WHOLE_ROWS = [
     op("topk-channels", lambda x, m: x.topk(2, 1)[0], "positions"),
     op("cummax", lambda x, m: torch.cummax(x, 3).values),
     op("finfo", lambda x, m: x.masked_fill(x.mean(1, True) > 0.2, torch.finfo(x.dtype).min).clamp(-9, 9)),
+    op("as_tensor", lambda x, m: torch.as_tensor(m.f(x)) + torch.as_tensor(x.shape[1], dtype=x.dtype),
+       f=lambda: nn.Conv2d(C, C, 1)),
     op("tensor-of-a-size", lambda x, m: x / torch.sqrt(torch.tensor(x.shape[1] * 3, dtype=x.dtype))),
     tokens("cdist", lambda x, m: torch.cdist(x, x) @ x, "no rule"),
     tokens("inverse",
