@@ -410,7 +410,21 @@ MOVEMENT_ROWS = [
     op("index-tensor", lambda x, m: x[:, m.i], i=lambda: torch.tensor([3, 1, 7, 0])),
     op("index_select-channels", lambda x, m: torch.index_select(x, 1, m.i), i=lambda: torch.randperm(C)),
     op("index_select-space", lambda x, m: x.index_select(2, m.i), i=lambda: torch.tensor([1, 0, 2, 2])),
-    op("gather", lambda x, m: x.gather(2, x.argsort(2)), ""),
+    tokens("index_add", lambda x, m: torch.zeros_like(x).index_add(1, m.i, x[:, :3]),
+           i=lambda: torch.tensor([1, 0, 1])),
+    tokens("index_add-in-place", lambda x, m: torch.zeros_like(x).index_add_(1, m.i, x[:, :3], alpha=2),
+           i=lambda: torch.tensor([1, 0, 1])),
+    tokens("index_add-narrow", lambda x, m: x.index_add(1, m.i, x.new_ones(x.shape[0], 3, C)),
+           i=lambda: torch.tensor([1, 0, 1])),
+    tokens("index_copy", lambda x, m: x.index_copy(1, m.i, x[:, :2].tanh()), i=lambda: torch.tensor([2, 0])),
+    tokens("index_add-channels", lambda x, m: x.index_add(2, m.i, x[..., :3]), "a look-up along the channels",
+           i=lambda: torch.tensor([1, 0, 1])),
+    tokens("index-list-ellipsis", lambda x, m: x[..., [2, 0], :]),
+    tokens("index-list-ellipsis-channels", lambda x, m: x[..., [2, 0, 5]]),
+    tokens("index-tensor-ellipsis", lambda x, m: x[..., m.i, :], i=lambda: torch.tensor([1, 0])),
+    op("index-list-and-part", lambda x, m: x[:, :, 1:5, [0, 2]]),
+    op("index-list-and-part-of-channels", lambda x, m: x[:, 2:, [0, 2]], "part of a widened dimension"),
+    op("gather", lambda x, m: x.gather(2, x.argsort(2))),
     tokens("gather-tokens", lambda x, m: torch.gather(x, 1, m.at.expand(x.shape[0], -1, x.shape[-1])), at=POSITIONS),
     tokens("gather-constant", lambda x, m: x.gather(1, m.at.repeat(x.shape[0], 1, C)), at=POSITIONS),
     tokens("gather-channels", lambda x, m: x.gather(2, m.at.expand(x.shape[0], -1, -1)), "a look-up along the channels",
@@ -609,6 +623,10 @@ PRODUCT_ROWS = [
     tokens("attention", _attention, f=lambda: nn.Linear(C, 24)),
     op("channel-attention", lambda x, m: ((f := x.flatten(2)) @ f.transpose(1, 2)).softmax(-1) @ f,
        tail="conv"),
+    tokens("tensordot", lambda x, m: torch.tensordot(x, m.w, 1), w=(C, 6)),
+    tokens("tensordot-lists", lambda x, m: torch.tensordot(x.unflatten(-1, (2, 4)), m.w, dims=([2, 3], [1, 2])),
+           w=(6, 2, 4)),
+    tokens("tensordot-numbers", lambda x, m: torch.tensordot(m.w, x, dims=([0], [-1])).movedim(0, -1), w=(C, 6)),
     tokens("einsum", lambda x, m: torch.einsum("bnc,bmc->bnm", x, x) @ x),
     tokens("einsum-parameter", lambda x, m: torch.einsum("bnc,cd->bnd", x, m.w), w=(C, 6)),
     tokens("einsum-parameter-ellipsis", lambda x, m: torch.einsum("...c,dc->...d", x, m.w), w=(6, C)),
@@ -714,6 +732,17 @@ class Output:
     b: Tensor
 
 
+@dataclass
+class Record(dict[str, Any]):
+    """A dict that is read by attribute as well, and leaves out what is None (transformers' ModelOutput)."""
+
+    a: Any = None
+    b: Any = None
+
+    def __post_init__(self) -> None:
+        self.update({name: value for name, value in vars(self).items() if value is not None})
+
+
 class Heads(nn.Module):
     def __init__(self, pack: Any) -> None:
         super().__init__()
@@ -803,9 +832,27 @@ WHOLE_ROWS = [
     whole("inner-NamedTuple", lambda: Passing(lambda a, b: Named(a, b), lambda o: o.a), IMAGE, OTHER, expect="wide"),
     whole("inner-dataclass", lambda: Passing(lambda a, b: Output(a, b), lambda o: o.a), IMAGE, OTHER, expect="wide"),
     whole("embedding", Embedded, ((7,),), ((4,),), expect="wide", kind="int"),
-    op("fft", lambda x, m: torch.fft.fft2(x).real, "no rule"),
-    op("sort", lambda x, m: torch.sort(x, 2)[0], "no rule"),
-    op("topk", lambda x, m: x.topk(2, 1)[0], "no rule"),
+    whole("output-dict-dataclass", lambda: Heads(lambda a, b: Record(a, b)), IMAGE, OTHER),
+    whole("output-dict-dataclass-wide", lambda: Heads(lambda a, b: Record(a, b.relu())), IMAGE, OTHER),
+    whole("inner-dict-dataclass", lambda: Passing(lambda a, b: Record(a), lambda o: o.a + o["a"]), IMAGE, OTHER,
+          expect="wide"),
+    op("fft2", lambda x, m: torch.fft.fft2(x).real),
+    op("fft2-channels", lambda x, m: torch.fft.fft2(x, dim=(1, 2)).real, "a transform"),
+    op("fftn-last", lambda x, m: torch.fft.ifftn(torch.fft.fftn(x, dim=(3, 2)), s=x.shape[2:]).real),
+    op("fftn-all", lambda x, m: torch.fft.fftn(x).imag, "a transform"),
+    op("rfft", lambda x, m: torch.fft.irfft(torch.fft.rfft(x) * 2, n=x.shape[-1])),
+    op("rfft2", lambda x, m: torch.fft.irfft2(torch.fft.rfft2(x, norm="ortho"), s=x.shape[-2:], norm="ortho")),
+    op("fft-channels", lambda x, m: torch.fft.fft(x, dim=1).real, "a transform"),
+    op("sort", lambda x, m: torch.sort(x, 2)[0]),
+    op("sort-method", lambda x, m: x.sort(dim=-1, descending=True).values),
+    op("sort-channels", lambda x, m: torch.sort(x, 1)[0], "positions"),
+    op("topk", lambda x, m: x.topk(2, 2)[0]),
+    op("topk-channels", lambda x, m: x.topk(2, 1)[0], "positions"),
+    op("cummax", lambda x, m: torch.cummax(x, 3).values),
+    op("finfo", lambda x, m: x.masked_fill(x.mean(1, True) > 0.2, torch.finfo(x.dtype).min).clamp(-9, 9)),
+    op("as_tensor", lambda x, m: torch.as_tensor(m.f(x)) + torch.as_tensor(x.shape[1], dtype=x.dtype),
+       f=lambda: nn.Conv2d(C, C, 1)),
+    op("tensor-of-a-size", lambda x, m: x / torch.sqrt(torch.tensor(x.shape[1] * 3, dtype=x.dtype))),
     tokens("cdist", lambda x, m: torch.cdist(x, x) @ x, "no rule"),
     tokens("inverse",
            lambda x, m: torch.linalg.inv(x.transpose(1, 2) @ x + torch.eye(C, dtype=x.dtype)) + x.mean(1, True), ""),

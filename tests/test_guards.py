@@ -206,3 +206,85 @@ def test_a_number_of_tokens_that_the_data_decide() -> None:
     source, reason = contracted["select"]
     assert "test_guards.py:" in source + reason
     check(model, teacher, (2, 9, 6), (1, 5, 6))
+
+
+class Blocks(nn.Module):
+    """Blocks that branch on a size, in a body that does so itself: opening the body alone widens nothing yet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Inner(edited) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[2] > 20:
+            x = torch.tanh(x)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Nested(nn.Module):
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.stem, self.body, self.head = nn.Conv2d(3, 8, 1), body, nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(self.stem(x)))
+
+
+def test_leaves_inside_leaves_are_looked_into() -> None:
+    model = randomise(Nested(Blocks()).double()).eval()
+    teacher = reparam.expand(model, 2, example_input=sample((2, 3, 8, 8)))
+    assert teacher.plan.coverage == 1.0
+    assert teacher.plan.specialised == ("body", "body.blocks.0", "body.blocks.1")
+    check(model, teacher, (2, 3, 8, 8), (1, 3, 7, 9))
+
+
+def same_batch(m: Inner, x: Tensor) -> Tensor:
+    """Asks whether two values have as many samples, which they have in every batch."""
+    shifted = turned(x)
+    return m.conv(shifted) if shifted.shape[0] == x.shape[0] else m.conv(x)
+
+
+def single(m: Inner, x: Tensor) -> Tensor:
+    x = m.conv(turned(x))
+    return turned(torch.relu(x) if x.shape[0] == 1 else x)
+
+
+def test_a_question_about_the_batch_with_one_answer_is_recorded() -> None:
+    model = randomise(Nested(Inner(same_batch)).double()).eval()
+    teacher = reparam.expand(model, 2, example_input=sample((2, 3, 8, 8)))
+    assert teacher.plan.coverage == 1.0
+    check(model, teacher, (1, 3, 8, 8), (2, 3, 8, 8), (5, 3, 6, 6))
+
+
+def test_a_question_about_a_batch_of_one_is_not() -> None:
+    model = randomise(Nested(Inner(single)).double()).eval()
+    teacher = reparam.expand(model, 2, example_input=sample((4, 3, 8, 8)))
+    assert not teacher.plan.specialised
+    check(model, teacher, (1, 3, 8, 8), (4, 3, 8, 8))
+
+
+class Given(nn.Module):
+    """Gives up being recorded after it has used an attribute that it was given."""
+
+    def forward(self, x: Tensor, kind: torch.dtype) -> Tensor:
+        x = x.to(kind)
+        return x if x.sum() < 1e9 else -x
+
+
+class Giving(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.inner, self.head = nn.Linear(6, 8), Given(), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kind = x.dtype
+        return self.head(self.inner(torch.relu(self.stem(x)), kind).to(kind))
+
+
+def test_an_attribute_survives_the_module_that_used_it_first() -> None:
+    model = randomise(Giving().double()).eval()
+    teacher = reparam.expand(model, 2, example_input=sample((2, 6)))
+    assert list(teacher.plan.leaves) == ["inner"]
+    check(model, teacher, (3, 6))

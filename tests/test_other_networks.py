@@ -156,3 +156,66 @@ def test_a_root_that_assigns_its_buffer_is_refused() -> None:
 
     with pytest.raises(CaptureError, match="assigns a new tensor to its buffer last"):
         reparam.expand(Root(), 2, example_input=torch.randn(2, 3, 8, 8))
+
+
+class Unused(Layers):
+    """Computes values of its parameters for a fast path that it does not take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch.exp(self.scale.double()) * 2
+        x = self.b(torch.sigmoid(self.a(x))) * self.scale.view(-1, 1, 1)
+        return self.head(x)
+
+
+def test_what_is_computed_from_parameters_and_not_used() -> None:
+    model = randomise(Unused().double()).eval()
+    teacher = reparam.expand(model, 2, example_input=sample((2, 3, 8, 8)))
+    assert teacher.scale.shape == (16,)
+    x = sample((2, 3, 6, 6), 3)
+    with torch.no_grad():
+        assert error(model(x), teacher(x)) < 1e-12
+
+
+class Sampling(Layers):
+    """Draws values in eval mode too, like one that lies in memory in another order than what it is contracted to."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        like = self.a(x).transpose(2, 3)
+        return self.head(self.b(self.a(x) * torch.randn_like(like)))
+
+
+def test_random_values_in_eval_mode_are_verified() -> None:
+    model = randomise(Sampling().double()).eval()
+    x = sample((2, 3, 6, 6), 3)
+    teacher = reparam.expand(model, 2, example_input=x)
+    assert teacher.plan.coverage == 1.0
+
+
+class Precise(Layers):
+    """Leaves autocast, on whatever device it runs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            x = torch.sigmoid(self.a(x))
+        return self.head(self.b(x))
+
+
+class Holding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body = nn.Conv2d(3, 3, 1), Precise()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self.stem(x))
+
+
+def test_autocast_of_the_device_of_an_input() -> None:
+    model = randomise(Holding().double()).eval()
+    x = sample((2, 3, 6, 6), 3)
+    teacher = reparam.expand(model, 2, example_input=x)
+    with torch.no_grad():
+        assert error(model(x), teacher(x)) < 1e-12

@@ -298,6 +298,17 @@ class AverageNorm(Vectors):
         return super().forward(self.norm(x))
 
 
+class ScalarTemperature(Vectors):
+    """Has a parameter without dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.temperature.exp()
+
+
 IMAGE, VECTOR = ((2, 3, 8, 8), (3, 3, 9, 10)), ((4, 8), (7, 8))
 NETWORKS: dict[str, tuple[type[nn.Module], Any, set[str]]] = {
     # class, sizes of the example and of another input, modules that run a program of their own
@@ -320,6 +331,7 @@ NETWORKS: dict[str, tuple[type[nn.Module], Any, set[str]]] = {
     "changes-its-input": (ChangesItsInput, VECTOR, {"first", "second.body"}),
     "in-list": (InList, VECTOR, {"first", "second"}),
     "average-norm": (AverageNorm, VECTOR, {"second"}),
+    "scalar-temperature": (ScalarTemperature, VECTOR, {"first", "second"}),
 }
 
 

@@ -92,10 +92,27 @@ def _storage(node: fx.Node) -> int | None:
 
 
 def drop_unused(graph: fx.Graph) -> None:
-    """Remove queries that nothing uses (training flags, shapes)."""
+    """Remove what nothing uses: queries (training flags, shapes), and what is computed from parameters alone.
+
+    An operator that would decide the maps of such a value does not come.
+    """
+    constant: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "get_attr" or (_is_pure(node) and constant.issuperset(node.all_input_nodes)):
+            constant.add(node)
     for node in reversed(list(graph.nodes)):
-        if is_query(node) and not node.users:
+        if (is_query(node) or node in constant) and not node.users:
             graph.erase_node(node)
+
+
+def _is_pure(node: fx.Node) -> bool:
+    """Whether a node is an operator of torch or Python that only computes a value from others."""
+    home = getattr(node.target, "__module__", None) or "torch"
+    known = node.op == "call_method" or (node.op == "call_function" and home.partition(".")[0] in _HOMES)
+    return known and bool(node.all_input_nodes) and not is_inplace(node)
+
+
+_HOMES = ("torch", "_operator", "builtins")
 
 
 def is_query(node: fx.Node) -> bool:

@@ -19,14 +19,29 @@ from reparam.passes.values import plain
 def broken_guards(capture: Capture, inputs: Inputs) -> set[str]:
     """Return the specialised modules and functions whose guards depend on the number of samples.
 
-    A recording that holds for some batch sizes only would be of little use.
+    A recording that holds for some batch sizes only would be of little use. That two batch sizes are equal may well
+    be asked: it is so for every batch.
     """
     batch = batch_of(inputs)
     if batch is None:
         return set()
-    args, kwargs = pytree.tree_map(
-        lambda v: v.new_empty((batch + 1, *v.shape[1:])) if isinstance(v, Tensor) else v, inputs
+    return {path for other in (1, batch + 1, _LARGE) for path in _broken(capture, _resized(inputs, other))}
+
+
+_LARGE = 1009
+"""A number of samples that no code is written for; on the meta device it costs nothing."""
+
+
+def _resized(inputs: Inputs, batch: int) -> Inputs:
+    resized: Inputs = pytree.tree_map(
+        lambda v: v.new_empty((batch, *v.shape[1:])) if isinstance(v, Tensor) else v, inputs
     )
+    return resized
+
+
+def _broken(capture: Capture, inputs: Inputs) -> set[str]:
+    """Return the specialised modules whose guards do not hold for these inputs."""
+    args, kwargs = inputs
     values = [v for v in (*args, *kwargs.values()) if has_tensor(v)]
     broken: set[str] = set()
     for mode in capture.modes:
@@ -39,7 +54,7 @@ def broken_guards(capture: Capture, inputs: Inputs) -> set[str]:
                 env[node] = next(feeds)
             elif node in needed:
                 env[node] = _run(mode, node, env)
-            elif node in guards and any(env.get(n) != n.meta.get("val") for n in _numbers(node)):
+            elif node in guards and any(env[n] != n.meta.get("val") for n in node.all_input_nodes):
                 broken.add(node.meta["specialised"])
     return broken
 
@@ -56,18 +71,6 @@ def with_inputs(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     while stack:
         node = stack.pop()
         if node not in found:
-            found.add(node)
-            stack += node.all_input_nodes
-    return found
-
-
-def _numbers(guard: fx.Node) -> set[fx.Node]:
-    """The numbers that a guard is computed from, up to the sizes that they are read from."""
-    found: set[fx.Node] = set()
-    stack = list(guard.all_input_nodes)
-    while stack:
-        node = stack.pop()
-        if node not in found and isinstance(node.meta.get("val"), (int, float)):
             found.add(node)
             stack += node.all_input_nodes
     return found

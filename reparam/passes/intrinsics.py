@@ -48,7 +48,7 @@ def spectral_normalize(
     return weight / sigma
 
 
-_FACTORIES = "zeros ones empty full rand randn randint arange linspace eye".split()
+_FACTORIES = "zeros ones empty full rand randn randint arange linspace eye tensor as_tensor finfo iinfo".split()
 
 
 @contextlib.contextmanager

@@ -90,8 +90,26 @@ def _to_meta(value: Any) -> Any:
 def run_module_on_meta(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Run a module with meta parameters on meta inputs; its state is not changed."""
     args, kwargs = pytree.tree_map(_to_meta, (tuple(args), dict(kwargs)))
-    with torch.no_grad(), torch.device("meta"), unchanged(module), _plain_tensors_on_meta(module), _quick_norms():
+    on_meta = (unchanged(module), _plain_tensors_on_meta(module), _quick_norms(), _autocast_of_meta())
+    with torch.no_grad(), torch.device("meta"), contextlib.ExitStack() as stack:
+        for context in on_meta:
+            stack.enter_context(context)
         return module(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _autocast_of_meta() -> Iterator[None]:
+    """Let code enter or leave autocast for ``x.device.type``, which torch does not know on the meta device."""
+    plain = torch.autocast.__init__
+
+    def init(self: Any, device_type: str, *args: Any, **kwargs: Any) -> None:
+        plain(self, "cpu" if device_type == "meta" else device_type, *args, **kwargs)
+
+    torch.autocast.__init__ = init  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.autocast.__init__ = plain  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager

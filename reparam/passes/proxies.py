@@ -109,6 +109,13 @@ class HintAttribute(HintProxy, fx.proxy.Attribute):
     def __init__(self, root: fx.Proxy, attr: str) -> None:
         fx.proxy.Attribute.__init__(self, root, attr)
 
+    @property
+    def node(self) -> fx.Node:  # type: ignore[override]
+        """The node; another one where the first was recorded in a module that was given up."""
+        if self._node is not None and self._node._erased:
+            self._node = None
+        return super().node
+
     def stands_for(self) -> Any:
         """Return the meta value, without adding a node for it."""
         root = object.__getattribute__(self, "root")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 from torch import fx
@@ -73,6 +73,8 @@ def find_rule(kind: str, target: Any) -> Rule | None:
     """Return the rule of a node's target, or None."""
     if kind not in ("call_function", "call_method"):
         return None
+    if isinstance(target, type) and is_dataclass(target):
+        target = dict
     try:
         return RULES.get(target)
     except TypeError:  # unhashable target

@@ -99,18 +99,21 @@ class Search:
         At first they are leaves: as such they go on to accept every size.
         """
         unfit: set[str] = {""}
-        while wanted := self.state.refused.keys() - self.capture.specialised - unfit:
-            again = record(self.skeleton, self.inputs, self.capture.specialised | wanted, memory=self.memory)
+        capture, state = self.capture, self.state
+        while wanted := state.refused.keys() - capture.specialised - unfit:
+            again = record(self.skeleton, self.inputs, capture.specialised | wanted, memory=self.memory)
             broken = broken_guards(again, self.inputs) | again.specialised_in_vain
-            if again.eval_only and not self.capture.eval_only:
+            if again.eval_only and not capture.eval_only:
                 broken |= wanted  # a module keeps both of its modes
             if broken & wanted:
                 unfit |= broken
                 continue
-            plan, state = self._planned_heads(again)
-            if _gain(plan) <= _gain(self.plan):
+            plan, found = self._planned_heads(again)
+            if _gain(plan) > _gain(self.plan):
+                self.capture, self.plan, self.state = again, plan, found
+            elif not any(_is_inside(path, wanted) for path in found.refused):
                 return
-            self.capture, self.plan, self.state = again, plan, state
+            capture, state = again, found  # what was opened may gain nothing yet, since leaves in it are narrow
 
     def _choose_splits(self) -> None:
         """Try other parts of splits for the replicas, as long as something is narrow."""
@@ -133,6 +136,11 @@ class Search:
         if _gain(plan) > _gain(self.plan):
             self.capture, self.state = again, state
             self.plan = dataclasses.replace(plan, opened=tuple(sorted(opened)))
+
+
+def _is_inside(path: str, modules: Iterable[str]) -> bool:
+    """Whether a module lies in one of these."""
+    return any(path.startswith(f"{module}.") for module in modules)
 
 
 def _gain(plan: Plan) -> tuple[float, int]:

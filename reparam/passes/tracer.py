@@ -15,6 +15,7 @@ import contextlib
 import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
 from types import FunctionType
 from typing import Any
 
@@ -155,6 +156,9 @@ class ModelTracer(Recorder):
         if type(a) is OrderedDict:
             pairs = [(key, value) for key, value in a.items()]
             return self.create_node("call_function", OrderedDict, (self.create_arg(pairs),), {})
+        if isinstance(a, dict) and is_dataclass(a):
+            items = {str(key): self.create_arg(value) for key, value in a.items()}
+            return self.create_node("call_function", type(a), (), items)
         return super().create_arg(a)
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> Any:

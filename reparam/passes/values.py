@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
 import torch
@@ -94,10 +95,17 @@ def transform(value: Value, function: Callable[[Any], Any]) -> Value:
     if isinstance(value, list):
         return [transform(item, function) for item in value]
     if isinstance(value, dict):
-        return {key: transform(item, function) for key, item in value.items()}
+        return like(value, {key: transform(item, function) for key, item in value.items()})
     if isinstance(value, slice):
         return slice(*(transform(getattr(value, n), function) for n in ("start", "stop", "step")))
     return function(value)
+
+
+def like(kind: dict[Any, Any], items: dict[Any, Any]) -> dict[Any, Any]:
+    """Return a dict of the class of ``kind`` where that is a dataclass too: code may read its items as attributes."""
+    if is_dataclass(kind):
+        return type(kind)(**items)
+    return OrderedDict(items) if type(kind) is OrderedDict else items
 
 
 def student(value: Value) -> Any:
@@ -126,7 +134,7 @@ def join(s: Any, t: Any, maps: Callable[[Tensor, Tensor], Maps]) -> Value:
     if isinstance(s, torch.Tensor):
         return Pair(s, t, maps(s, t))
     if isinstance(s, dict):
-        return {key: join(s[key], t[key], maps) for key in s}
+        return like(s, {key: join(s[key], t[key], maps) for key in s})
     if isinstance(s, tuple) and hasattr(s, "_fields"):
         return type(s)(*(join(a, b, maps) for a, b in zip(s, t, strict=True)))
     if isinstance(s, (tuple, list)):
@@ -149,7 +157,7 @@ def is_wide(leaf: Any) -> bool:
 def plain(value: Any) -> Any:
     """Turn fx's immutable containers into ordinary ones."""
     if isinstance(value, dict):
-        return {k: plain(v) for k, v in value.items()}
+        return like(value, {k: plain(v) for k, v in value.items()})
     if isinstance(value, list):
         return [plain(v) for v in value]
     if type(value) is tuple:

@@ -65,7 +65,7 @@ def _filled(_name: str, value: Any, sign: int) -> Any:
         return value
     if not sign or not value.is_floating_point():
         return torch.zeros_like(value, device="cpu")
-    if value.dim() == 1:
+    if value.dim() < 2:
         return torch.ones_like(value, device="cpu")  # scales and variances
     generator = torch.Generator().manual_seed(value.numel())
     return sign * torch.randn(value.shape, generator=generator).to(value.dtype) / max(value[:1].numel() ** 0.5, 1.0)

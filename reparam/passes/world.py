@@ -130,8 +130,13 @@ class _Doubles(TorchFunctionMode):
         """Run an operator."""
         if func in (Tensor.float, Tensor.half, Tensor.bfloat16):
             return args[0].double()
+        if func in _LIKE:  # random values come in the order of the memory, and the teacher's may be another
+            kwargs = {"memory_format": torch.contiguous_format, **(kwargs or {})}
         # Types stand on their own; a search through all arguments would copy the memo of each deepcopy.
         return func(*map(_wider, args), **{name: _wider(value) for name, value in (kwargs or {}).items()})
+
+
+_LIKE = (torch.rand_like, torch.randn_like, torch.randint_like)
 
 
 @contextlib.contextmanager

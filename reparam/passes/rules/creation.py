@@ -51,3 +51,11 @@ def sequence(call: Call, *args: Value, **kwargs: Value) -> Value:
             elif isinstance(leaf, Pair):
                 raise Refuse("a tensor among plain numbers")
     return narrow_value(call.s)
+
+
+@rule(torch.as_tensor)
+def as_tensor(call: Call, data: Value, *args: Value, **kwargs: Value) -> Value:
+    """A tensor stays what it is; numbers are the student's."""
+    if isinstance(data, Pair):
+        return call.result(dict(data.maps))
+    return sequence(call, data, *args, **kwargs)

@@ -203,6 +203,14 @@ def scatter(call: Call, input: Value, dim: Value, index: Value, src: Value, *arg
     return call.result(_looked_up(call, dim, names))
 
 
+@rule(torch.index_add, "index_add", "index_add_", torch.index_copy, "index_copy", "index_copy_")
+def index_add(call: Call, input: Value, dim: Value, index: Value, source: Value, *, alpha: Value = 1) -> Value:
+    """Slices go to positions along one dimension: those of the source follow the input's."""
+    maps = _looked_up(call, dim, ["input", "source"])
+    call.narrow("index", None, "positions")
+    return call.result(maps)
+
+
 def _looked_up(call: Call, dim: int, names: list[Name]) -> Maps:
     """Give all tensors one map in every dimension but ``dim``, where positions count."""
     pairs = [student(call.get(name)) for name in names]
@@ -317,34 +325,46 @@ def _strided(call: Call, name: Name, dim: int, item: slice) -> ReplicaMap:
 
 
 def _tensor_index(call: Call, x: Pair, items: list[Any], is_tuple: bool) -> Value:
-    """Indexing by tensors or lists, otherwise full slices."""
-    places = [k for k, i in enumerate(items) if not isinstance(i, slice)]
-    if any(i is None or i is Ellipsis for i in items) or any(isinstance(i, slice) and i != slice(None) for i in items):
-        raise Refuse("indexing by tensors together with other indices")
-    if len(places) == 1:
-        chosen = _one_index(call, places[0], items[places[0]], is_tuple)
+    """Indexing by tensors or lists, otherwise slices: full ones along widened dimensions."""
+    spread = _spread(items, x.ndim)
+    if any(item is None for item, _k in spread):
+        raise Refuse("indexing by tensors together with new dimensions")
+    if any(isinstance(i, slice) and i != slice(None) and d in x.maps for d, (i, _k) in enumerate(spread)):
+        raise Refuse("indexing by tensors together with a part of a widened dimension")
+    axes = [d for d, (item, _k) in enumerate(spread) if not isinstance(item, slice)]
+    places: list[Name] = [("index", spread[d][1]) if is_tuple else "index" for d in axes]
+    if len(axes) == 1:
+        chosen = _one_index(call, axes[0], spread[axes[0]][0], places[0])
         if chosen is not None:
             return chosen
-    if any(_is_mask(items[k]) for k in places):
+    if any(_is_mask(spread[d][0]) for d in axes):
         raise Refuse("indexing by a mask")
-    for k in places:
-        if isinstance(items[k], (Pair, Free)):
-            call.match(("index", k) if is_tuple else "index", {})
-    call.narrow("value", places, "a look-up along the channels")
-    if places != list(range(places[0], places[-1] + 1)):
+    for d, place in zip(axes, places, strict=True):
+        if isinstance(spread[d][0], (Pair, Free)):
+            call.match(place, {})
+    call.narrow("value", axes, "a look-up along the channels")
+    if axes != list(range(axes[0], axes[-1] + 1)):
         raise Refuse("indexing by tensors at several separate dimensions")
     shift = call.s.dim() - x.ndim
-    maps = {d + (shift if d > places[-1] else 0): m for d, m in call.pair("value").maps.items()}
+    maps = {d + (shift if d > axes[-1] else 0): m for d, m in call.pair("value").maps.items()}
     return call.result(maps)
+
+
+def _spread(items: list[Any], rank: int) -> list[tuple[Any, int]]:
+    """Return each item with its place in the index; an ellipsis as the full slices that it stands for."""
+    filled = rank - sum(i is not None and i is not Ellipsis for i in items)
+    spread: list[tuple[Any, int]] = []
+    for k, item in enumerate(items):
+        spread += [(slice(None), k)] * filled if item is Ellipsis else [(item, k)]
+    return spread
 
 
 def _is_mask(item: Any) -> bool:
     return isinstance(item, (Pair, Free)) and student(item).dtype == torch.bool
 
 
-def _one_index(call: Call, axis: int, item: Any, is_tuple: bool) -> Value | None:
+def _one_index(call: Call, axis: int, item: Any, place: Name) -> Value | None:
     """One list or 1-D tensor of positions along a widened dimension; None where this is something else."""
-    place: Name = ("index", axis) if is_tuple else "index"
     phi = call.pair("value").maps.get(axis)
     if phi is None or phi.uniform is None or _is_mask(item):
         return None

@@ -199,6 +199,25 @@ def outer(call: Call, input: Value, vec2: Value) -> Value:
     return _product(call, "input", "vec2", "i", "j", "ij")
 
 
+@rule(torch.tensordot, mixing=True)
+def tensordot(call: Call, a: Value, b: Value, dims: Value = 2, out: Value = None) -> Value:
+    """A product that sums over the named dimensions of both tensors."""
+    first, second = student(a).dim(), student(b).dim()
+    if not isinstance(dims, (int, tuple, list)) or (not isinstance(dims, int) and len(dims) != 2):
+        raise Refuse("dimensions in another form than a number or two lists")
+    ends = (range(first - dims, first), range(dims)) if isinstance(dims, int) else dims
+    pairs = [(i % first, j % second) for i, j in zip(*(_listed(end) for end in ends), strict=True)]
+    left, right = list("abcdefghijkl"[:first]), list("mnopqrstuvwx"[:second])
+    for i, j in pairs:
+        right[j] = left[i]
+    output = [c for c in (*left, *right) if (c in left) != (c in right)]
+    return _product(call, "a", "b", "".join(left), "".join(right), "".join(output))
+
+
+def _listed(value: Any) -> list[int]:
+    return [value] if isinstance(value, int) else list(value)
+
+
 @rule(torch.addmm, "addmm", mixing=True)
 def addmm(call: Call, input: Value, mat1: Value, mat2: Value, *, beta: Value = 1, alpha: Value = 1) -> Value:
     """``beta input + alpha mat1 @ mat2``."""

@@ -18,7 +18,7 @@ from reparam.passes.values import Free, Pair, Refuse, Value, join
 
 @rule(getattr)
 def attribute(call: Call, value: Value, name: Value) -> Value:
-    """``x.shape``, ``x.device``, ``x.dtype``, ``x.T``."""
+    """``x.shape``, ``x.device``, ``x.dtype``, ``x.T``, ``x.real``."""
     if isinstance(value, tuple):
         # A field of a named tuple: ``x.max(1).values``.
         fields = call.source("value").meta["val"]
@@ -29,6 +29,8 @@ def attribute(call: Call, value: Value, name: Value) -> Value:
     if name in ("T", "mT"):
         first = 0 if name == "T" else pair.ndim - 2
         return call.result({first + pair.ndim - 1 - d if d >= first else d: m for d, m in pair.maps.items()})
+    if name in ("real", "imag"):
+        return call.result(dict(pair.maps))
     if name == "data":
         if pair.divided:
             call.planner.undivide(pair.name)

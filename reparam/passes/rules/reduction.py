@@ -117,6 +117,46 @@ def along(call: Call, input: Value, dim: Value = None, *args: Value, **kwargs: V
     return call.result(dict(call.pair("input").maps))
 
 
+@rule(torch.sort, "sort", torch.argsort, "argsort", torch.cummax, "cummax", torch.cummin, "cummin")
+def order(call: Call, input: Value, dim: Value = -1, *args: Value, **kwargs: Value) -> Value:
+    """Orders along one dimension: contracted there."""
+    return _kept_off(call, [dim], "positions along a widened dimension")
+
+
+@rule(torch.topk, "topk", torch.kthvalue, "kthvalue")
+def largest(call: Call, input: Value, k: Value, dim: Value = -1, *args: Value, **kwargs: Value) -> Value:
+    """The largest values along one dimension: contracted there."""
+    call.narrow_int("k")
+    return _kept_off(call, [dim], "positions along a widened dimension")
+
+
+@rule(torch.fft.fft, torch.fft.ifft, torch.fft.rfft, torch.fft.irfft, torch.fft.hfft, torch.fft.ihfft)
+def transform_1d(call: Call, input: Value, n: Value = None, dim: Value = -1, norm: Value = None) -> Value:
+    """Fourier transforms along one dimension: contracted there."""
+    return _kept_off(call, [dim], "a transform along a widened dimension")
+
+
+@rule(torch.fft.fft2, torch.fft.ifft2, torch.fft.rfft2, torch.fft.irfft2)
+def transform_2d(call: Call, input: Value, s: Value = None, dim: Value = (-2, -1), norm: Value = None) -> Value:
+    """Fourier transforms along two dimensions: contracted there."""
+    return _kept_off(call, dim, "a transform along a widened dimension")
+
+
+@rule(torch.fft.fftn, torch.fft.ifftn, torch.fft.rfftn, torch.fft.irfftn)
+def transform_nd(call: Call, input: Value, s: Value = None, dim: Value = None, norm: Value = None) -> Value:
+    """Fourier transforms along all dimensions, the last ones, or those that are named: contracted there."""
+    dim = range(-len(s), 0) if dim is None and s is not None else dim
+    return _kept_off(call, dim, "a transform along a widened dimension")
+
+
+def _kept_off(call: Call, dim: Any, reason: str) -> Value:
+    """Contract the dimensions that an operator works along; the others keep their maps."""
+    x = call.pair("input")
+    axes = range(x.ndim) if dim is None else _axes(list(dim) if not isinstance(dim, int) else dim, x.ndim)
+    maps = call.narrow("input", axes, reason).maps
+    return call.result(lambda _s, _t: maps)
+
+
 @rule(torch.logsumexp, "logsumexp", torch.prod, "prod", torch.count_nonzero)
 def narrow_reduction(call: Call, input: Value, dim: Value = None, keepdim: Value = False, **kwargs: Value) -> Value:
     """Reductions that count the replicas in a nonlinear way: contracted first."""
