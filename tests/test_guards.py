@@ -143,6 +143,46 @@ def test_a_branch_on_the_batch_is_never_recorded(function: Callable[[Inner, Tens
     check(model, teacher, (2, 3, 10, 9), (1, 3, 10, 9), (101, 3, 6, 6))
 
 
+def edited_for_one(m: Inner, x: Tensor) -> Tensor:
+    return m.conv(turned(x) if x.shape[0] == 1 else x)
+
+
+def edited_below(m: Inner, x: Tensor) -> Tensor:
+    if x.shape[0] > 1:
+        return m.conv(x)
+    return m.conv(x) if x.shape[2] > 8 else m.conv(turned(x))
+
+
+def edited_when_low(m: Inner, x: Tensor) -> Tensor:
+    return m.conv(turned(x) if x.shape[2] < 8 else x)
+
+
+@pytest.mark.parametrize("function", [edited_for_one, edited_below], ids=lambda f: f.__name__)
+def test_an_edit_in_a_branch_that_the_example_does_not_take(function: Callable[[Inner, Tensor], Tensor]) -> None:
+    """A leaf accepts every size, so every branch inside it counts: this one is not widened."""
+    model, teacher = made(function)
+    assert list(teacher.plan.leaves) == ["1"] and not teacher.plan.specialised and teacher.plan.coverage < 0.2
+    check(model, teacher, (2, 3, 10, 9), (1, 3, 10, 9), (1, 3, 6, 6), (101, 3, 6, 6))
+
+
+def test_such_a_branch_on_something_else_than_the_batch_is_recorded_with_a_guard() -> None:
+    model, teacher = made(edited_when_low)
+    assert teacher.plan.specialised == ("1",) and teacher.plan.coverage == 1.0
+    check(model, teacher, (2, 3, 10, 9), (1, 3, 12, 9))
+    with pytest.raises(AssertionError, match="the network branches on a size here"):
+        teacher(sample((2, 3, 6, 9)))
+
+
+def test_sizes_that_the_code_refuses_are_no_branch() -> None:
+    def strict(m: Inner, x: Tensor) -> Tensor:
+        assert x.shape[2] % 2 == 0, "even heights only"
+        return m.conv(x)
+
+    model, teacher = made(strict)
+    assert teacher.plan.coverage == 1.0 and not teacher.plan.specialised
+    check(model, teacher, (2, 3, 10, 9), (1, 3, 6, 9))
+
+
 @pytest.mark.parametrize("function", [as_float, as_int, as_range], ids=lambda f: f.__name__)
 def test_a_width_as_a_number(function: Callable[[Inner, Tensor], Tensor]) -> None:
     model, teacher = made(function)

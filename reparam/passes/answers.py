@@ -24,6 +24,8 @@ class Answers(fx.Tracer):
     memory: Memory
     mode: bool
     read_mode: bool
+    forced: tuple[bool, ...]
+    decisions: list[tuple[str, bool]]
 
     def length(self, proxy: fx.Proxy) -> int:
         """Answer ``len(value)``: of a tuple always, of a tensor only for analysis (it is a batch size)."""
@@ -55,7 +57,12 @@ class Answers(fx.Tracer):
         target = str(obj.node.target)
         if obj.node.op == "get_attr" and target.rpartition(".")[2] == "training" and isinstance(obj, HintProxy):
             return self._flag(target)
-        return bool(self.concrete(obj))
+        answer = bool(self.concrete(obj))
+        if self.fixed_training is not None:
+            place = len(self.decisions)
+            answer = self.forced[place] if place < len(self.forced) else answer
+            self.decisions.append((source_line(), answer))
+        return answer
 
     def _flag(self, target: str) -> bool:
         """Answer a branch on a training flag."""

@@ -152,16 +152,64 @@ def trace_inner(
     module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], training: bool, memory: Memory
 ) -> fx.Graph:
     """Record a leaf module for analysis: one train mode, branches and sizes as for these inputs."""
-    key = (signature(module), training, shapes_of((args, kwargs)))
+    return _inner(module, args, kwargs, training, memory)[0]
+
+
+def trace_branches(
+    module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], training: bool, memory: Memory
+) -> list[fx.Graph]:
+    """Record a leaf module as `trace_inner` does, and again for the other answer to each of its branches on sizes.
+
+    A leaf goes on to accept every size, so every branch has to be looked at. A line that branches several times (a
+    loop) is answered otherwise the first time only; answers with which the code fails are sizes that it refuses.
+    """
+    found: list[fx.Graph] = []
+    turned: set[tuple[str, bool]] = set()
+    waiting: list[tuple[bool, ...]] = [()]
+    while waiting:
+        forced = waiting.pop(0)
+        try:
+            graph, decisions = _inner(module, args, kwargs, training, memory, forced)
+        except Exception:
+            if not forced:
+                raise
+            continue
+        found.append(graph)
+        answers = tuple(answer for _line, answer in decisions)
+        turned |= set(decisions)
+        for place in range(len(forced), len(decisions)):
+            line, answer = decisions[place]
+            if (line, not answer) not in turned:
+                turned.add((line, not answer))
+                waiting.append((*answers[:place], not answer))
+    return found
+
+
+def _inner(
+    module: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    training: bool,
+    memory: Memory,
+    forced: tuple[bool, ...] = (),
+) -> tuple[fx.Graph, list[tuple[str, bool]]]:
+    """The graph inside a leaf module, and its branches on sizes: their lines and what was answered."""
+
+    def traced() -> tuple[fx.Graph, list[tuple[str, bool]]]:
+        tracer = ModelTracer(args, kwargs, training=training, memory=memory, forced=forced)
+        return tracer.trace(module), tracer.decisions
+
+    key = (signature(module), training, shapes_of((args, kwargs)), forced)
     if key[0] is None or key[2] is None:
-        return ModelTracer(args, kwargs, training=training, memory=memory).trace(module)
+        return traced()
     if key not in memory.graphs:
-        memory.graphs[key] = ModelTracer(args, kwargs, training=training, memory=memory).trace(module)
+        memory.graphs[key] = traced()
+    kept, decisions = memory.graphs[key]
     copy = fx.Graph()
-    copy.output(copy.graph_copy(memory.graphs[key], {}))
-    for old, new in zip(memory.graphs[key].nodes, copy.nodes, strict=True):
+    copy.output(copy.graph_copy(kept, {}))
+    for old, new in zip(kept.nodes, copy.nodes, strict=True):
         new.meta = dict(old.meta)
-    return copy
+    return copy, decisions
 
 
 def _untraceable(root: nn.Module, error: Exception) -> str:

@@ -1,8 +1,8 @@
 """Leaf modules: kept as they are, with wider parameters, where the graph inside them needs no edits.
 
 Modules whose forward branches on the training flag (batch norm, drop path) or on sizes are leaves of the graph. The
-planner reads the graph inside for both train modes; if every rule in it only assigns parameters, the module itself,
-with wider parameters, does the right thing in both modes and for every size.
+planner reads the graph inside for both train modes and for both answers to every branch on a size; if every rule in it
+only assigns parameters, the module itself, with wider parameters, does the right thing in both modes, for every size.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import fx, nn
 
 from reparam.passes.call import NodeEdit
-from reparam.passes.capture import trace_inner
+from reparam.passes.capture import trace_branches
 from reparam.passes.registry import find_rule
 from reparam.passes.state import operator_name
 from reparam.passes.values import Free, Int, Pair, Refuse, Value, student, walk
@@ -32,8 +32,11 @@ def keep_leaf(planner: Planner, node: fx.Node, args: Value, kwargs: Value) -> Va
         given, named = args, kwargs
         if node.op == "call_function":
             given, named = _with_mode(node.args, args, training), _with_mode(node.kwargs, kwargs, training)
-        graph = _inner_graph(planner, node, training, given, named)
+        graph, *others = _inner_graphs(planner, node, training, given, named)
         results.append(_run_inner(planner, node, graph, given, named))
+        for other in others:
+            if _layout(_run_inner(planner, node, other, given, named)) != _layout(results[-1]):
+                raise Refuse("it branches on a size, and its branches need different layouts")
     first, second = ([_summary(leaf) for _path, leaf in walk(result)] for result in results)
     if first != second:
         raise Refuse("its train and eval mode need different layouts")
@@ -68,29 +71,37 @@ def _with_mode(nodes: Any, values: Any, training: bool) -> Any:
     return training if is_flag and isinstance(values, bool) else values
 
 
-def _inner_graph(planner: Planner, node: fx.Node, training: bool, args: Value, kwargs: Value) -> fx.Graph:
+def _inner_graphs(planner: Planner, node: fx.Node, training: bool, args: Value, kwargs: Value) -> list[fx.Graph]:
+    """The graph inside, and those of its other branches."""
     key = (node, training)
     if key not in planner.inner_graphs:
         try:
             planner.inner_graphs[key] = _trace_inner(planner, node, training, args, kwargs)
         except Exception as error:
             planner.inner_graphs[key] = error
-    graph = planner.inner_graphs[key]
-    if isinstance(graph, Refuse):
-        raise graph
-    if isinstance(graph, Exception):
-        raise Refuse(f"its forward cannot be recorded ({type(graph).__name__}: {graph})")
-    return graph
+    graphs = planner.inner_graphs[key]
+    if isinstance(graphs, Refuse):
+        raise graphs
+    if isinstance(graphs, Exception):
+        raise Refuse(f"its forward cannot be recorded ({type(graphs).__name__}: {graphs})")
+    return graphs
 
 
-def _trace_inner(planner: Planner, node: fx.Node, training: bool, args: Value, kwargs: Value) -> fx.Graph:
+def _trace_inner(planner: Planner, node: fx.Node, training: bool, args: Value, kwargs: Value) -> list[fx.Graph]:
     if node.op == "call_function":
         module: nn.Module = _Body(node.target)
         prefix = node.meta.get("prefix", "")
     else:
         prefix = planner.full_name(node, str(node.target))
         module = planner.capture.root.get_submodule(prefix)
-    graph = trace_inner(module, student(args), student(kwargs), training, planner.capture.memory)
+    graphs = trace_branches(module, student(args), student(kwargs), training, planner.capture.memory)
+    for graph in graphs:
+        _prepare(planner, node, graph, prefix, training)
+    return graphs
+
+
+def _prepare(planner: Planner, node: fx.Node, graph: fx.Graph, prefix: str, training: bool) -> None:
+    """Let the nodes inside know where they are."""
     for inner in graph.nodes:
         inner.meta["prefix"] = prefix
         inner.meta["train"] = training or node.meta.get("train", False)
@@ -108,7 +119,6 @@ def _trace_inner(planner: Planner, node: fx.Node, training: bool, args: Value, k
     for inner in reversed(nodes):
         if after or any(planner.is_mixing(u) or u in planner.reaches_mixing for u in inner.users):
             planner.reaches_mixing.add(inner)
-    return graph
 
 
 def _run_inner(planner: Planner, node: fx.Node, graph: fx.Graph, args: Value, kwargs: Value) -> Value:
@@ -143,6 +153,11 @@ def _edit_attributes(planner: Planner, node: fx.Node, edit: NodeEdit) -> None:
                 break
         else:
             raise Refuse(f"{operator_name(node)} inside it would need another constant")
+
+
+def _layout(result: Value) -> list[Any]:
+    """Of a result, whatever its sizes are."""
+    return [tuple(leaf.maps.items()) if isinstance(leaf, Pair) else type(leaf) for _path, leaf in walk(result)]
 
 
 def _summary(leaf: Any) -> Any:

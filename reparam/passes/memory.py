@@ -23,7 +23,7 @@ class Memory:
         results: module or operator, and inputs -> its result, where that is one new tensor.
         runs: operator and inputs of the teacher's world -> its result.
         proofs: operator that moves elements, sizes and maps -> the maps of its results.
-        graphs: module, mode and inputs -> the graph inside it.
+        graphs: module, mode, inputs and forced answers -> the graph inside it, and its branches on sizes.
     """
 
     structural: set[Hashable] = field(default_factory=set)
@@ -31,7 +31,7 @@ class Memory:
     results: dict[Hashable, Any] = field(default_factory=dict)
     runs: dict[Hashable, Any] = field(default_factory=dict)
     proofs: dict[Hashable, Any] = field(default_factory=dict)
-    graphs: dict[Hashable, fx.Graph] = field(default_factory=dict)
+    graphs: dict[Hashable, tuple[fx.Graph, list[tuple[str, bool]]]] = field(default_factory=dict)
 
 
 def signature(module: nn.Module) -> Hashable | None:

@@ -68,7 +68,7 @@ class Planner:
         self.preferred: dict[str, Maps] = {}
         self.computed: set[str] = set()
         self.linear_laws: dict[str, tuple[tuple[int, ...], Noise | None]] = {}
-        self.inner_graphs: dict[tuple[fx.Node, bool], fx.Graph | Exception] = {}
+        self.inner_graphs: dict[tuple[fx.Node, bool], list[fx.Graph] | Exception] = {}
         self.reaches_mixing: set[fx.Node] = set()
         self.from_input: set[fx.Node] = set()
         self.roles = Roles(capture.graphs)

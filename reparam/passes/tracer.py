@@ -69,6 +69,8 @@ class ModelTracer(Recorder):
             the example, with a guard, and flags are ``mode``.
         mode: see ``specialised``; ``read_mode`` tells whether it mattered.
         memory: what earlier recordings found out; added to.
+        forced: for the analysis of a leaf: the answers to its first branches on sizes; the others are the example's.
+            ``decisions`` holds the lines of all of them and what was answered.
     """
 
     def __init__(
@@ -79,8 +81,10 @@ class ModelTracer(Recorder):
         specialised: frozenset[str] = frozenset(),
         mode: bool = False,
         memory: Memory | None = None,
+        forced: tuple[bool, ...] = (),
     ) -> None:
         super().__init__()
+        self.forced, self.decisions = forced, []
         self.proxy_buffer_attributes = True
         self.example_args, self.example_kwargs = example_args, dict(example_kwargs or {})
         self.fixed_training, self.specialised, self.mode = training, specialised, mode

@@ -123,7 +123,14 @@ def order(call: Call, input: Value, dim: Value = -1, *args: Value, **kwargs: Val
     return _kept_off(call, [dim], "positions along a widened dimension")
 
 
-@rule(torch.topk, "topk", torch.kthvalue, "kthvalue")
+@rule(torch.kthvalue, "kthvalue")
+def kthvalue(call: Call, input: Value, k: Value, dim: Value = -1, keepdim: Value = False) -> Value:
+    """An order statistic along one dimension: contracted there."""
+    call.narrow_int("k")
+    return _indexed(call, dim, keepdim)
+
+
+@rule(torch.topk, "topk")
 def largest(call: Call, input: Value, k: Value, dim: Value = -1, *args: Value, **kwargs: Value) -> Value:
     """The largest values along one dimension: contracted there."""
     call.narrow_int("k")
