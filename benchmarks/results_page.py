@@ -104,15 +104,19 @@ def _training(data: dict[str, Any]) -> str:
         scores = ", ".join(f"{score:.2f}" for score in arm["student_top1"])
         teacher = f"{sum(arm['teacher_top1']) / len(arm['teacher_top1']):.2f}" if arm["teacher_top1"] else ""
         seconds = sum(arm["seconds"]) / len(arm["seconds"])
-        cells = (arm["name"], seeds, scores, f"{arm['mean']:.2f}", f"{arm['std']:.2f}", teacher, f"{seconds:.0f}")
+        std = "" if arm["std"] is None else f"{arm['std']:.2f}"
+        cells = (arm["name"], seeds, scores, f"{arm['mean']:.2f}", std, teacher, f"{seconds:.0f}")
         lines.append(f"| {' | '.join(cells)} |")
     difference, error = verdict["difference"], verdict["standard_error"]
+    line = f"\nGPD minus the best baseline ({verdict['best_baseline']}): {difference:+.2f} points"
+    if error is None:
+        return "\n".join([*lines, f"{line}; one seed says nothing about chance. A GPD epoch costs more.\n"])
     better = (
         "better than" if difference > 2 * error else "worse than" if difference < -2 * error else "no different from"
     )
     lines.append(
-        f"\nGPD minus the best baseline ({verdict['best_baseline']}): {difference:+.2f} points, standard error "
-        f"{error:.2f}: at equal epochs GPD is {better} it here. A GPD epoch costs more, see the last column.\n"
+        f"{line}, standard error {error:.2f}: at equal epochs GPD is {better} it here. A GPD epoch costs more, see the "
+        "last column.\n"
     )
     return "\n".join(lines)
 

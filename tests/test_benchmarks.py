@@ -29,6 +29,16 @@ def test_pages_are_what_the_json_says(results_page, name):
     assert results_page.page(name, text) == text, "run: python benchmarks/results_page.py"
 
 
+def test_a_comparison_of_one_seed_has_no_error(results_page):
+    (path, *_) = (BENCHMARKS / "results").glob("compare_training-*.json")
+    data = json.loads(path.read_text())
+    for arm in data["arms"]:
+        arm |= {"seeds": arm["seeds"][:1], "student_top1": arm["student_top1"][:1], "std": None}
+    data["verdict"]["standard_error"] = None
+    text = results_page._training(data)
+    assert "one seed says nothing about chance" in text and "None" not in text and "standard error" not in text
+
+
 def test_every_result_is_on_a_page(results_page):
     kinds = [kind for sections in results_page.PAGES.values() for kind in sections]
     elsewhere = ("coverage",)  # has a page of its own

@@ -313,6 +313,14 @@ def test_arms_of_a_comparison():
     names = [arm.name for arm in arms(TrainConfig(optimizer="adamw", ratio=2))]
     assert names == ["gpd lr 0.002", "baseline lr 0.002", "baseline lr 0.004", "baseline lr 0.008"]
     assert len(arms(TrainConfig(ratio=1))) == 2
+    names = [arm.name for arm in arms(TrainConfig(lr=0.1, method="kd", teacher="t"))]
+    assert names == ["kd lr 0.1", "baseline lr 0.1"]  # nothing is widened: there is no larger step
+
+
+def test_baselines_of_a_comparison_are_what_a_user_would_train_alone():
+    _, same, larger = (arm.config for arm in arms(TrainConfig(lr=0.1, branches="orepa", branch_init="scratch")))
+    assert same == TrainConfig(lr=0.1, method="baseline").resolved()
+    assert larger == TrainConfig(lr=0.4, method="baseline").resolved()
 
 
 def test_comparison(tmp_path, config, capsys):

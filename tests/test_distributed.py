@@ -319,6 +319,18 @@ def test_statistics_of_the_whole_batch(monkeypatch, case):
             torch.testing.assert_close(found[0][2].eval()(x), whole.eval()(x), **close)
 
 
+@pytest.mark.parametrize("given", ["weight", "bias"])
+def test_a_norm_with_one_of_weight_and_bias(monkeypatch, given):
+    """Weight standardisation has a gain and no shift."""
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: tensor.mul_(2))  # the other process has the same
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    x = torch.randn(1, 5, 18, dtype=torch.float64)
+    named = {given: torch.randn(5, dtype=torch.float64)}
+    with SyncStatistics():
+        found = F.batch_norm(x, None, None, **named, training=True)
+    torch.testing.assert_close(found, F.batch_norm(x, None, None, **named, training=True), rtol=1e-12, atol=1e-12)
+
+
 def test_statistics_need_the_other_process(monkeypatch):
     """Each half alone gives other results: the test above compares something."""
     x = torch.randn(8, 3, 4, 4, dtype=torch.float64) * torch.linspace(0.5, 3, 8, dtype=torch.float64).view(-1, 1, 1, 1)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from training import NETS, assert_same_run, differences, last_state, metrics, one_teacher
 
 from reparam.cli import main
@@ -192,6 +193,26 @@ def test_finished_run_is_not_run_again(tmp_path, nets, teacher_run, order, capsy
         train(config)
     with pytest.raises(FormatError, match=r"is a folder, not a checkpoint; to go on in it: --output .* --resume auto"):
         train(dataclasses.replace(config, resume=str(tmp_path / "run"), output=str(tmp_path / "other")))
+
+
+def test_other_weights_of_the_static_teacher_are_refused(tmp_path, nets, teacher_run):
+    """Its files may move, what it answers may not change."""
+    given = {"method": "kd", "teacher": "cifar_resnet8_w8", "teacher_checkpoint": str(teacher_run)}
+    config = settings("baseline", nets, teacher_run, tmp_path / "run", epochs=1, **given)
+    moved, other = tmp_path / "moved", tmp_path / "other"
+    train(config)
+    (tmp_path / "run" / "summary.json").unlink()
+    shutil.copytree(teacher_run, moved)
+    shutil.copytree(teacher_run, other)
+    weights = load_file(other / "student.safetensors")
+    name = next(name for name, value in weights.items() if value.is_floating_point())
+    weights[name][0] += 1e-3
+    save_file(weights, other / "student.safetensors")
+    kept = (tmp_path / "run" / "config.json").read_text()
+    with pytest.raises(InputError, match="a static teacher or assistant of other weights; give the ones of that run"):
+        train(dataclasses.replace(config, resume="auto", teacher_checkpoint=str(other)))
+    assert (tmp_path / "run" / "config.json").read_text() == kept
+    train(dataclasses.replace(config, resume="auto", teacher_checkpoint=str(moved)))
 
 
 @pytest.mark.parametrize("name", ["metrics.csv", "student.safetensors", "teacher.safetensors"])

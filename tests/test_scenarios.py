@@ -197,8 +197,8 @@ def test_evaluate_of_a_damaged_run(tmp_path, capsys):
 def test_evaluate_says_that_a_run_has_not_finished(tmp_path, capsys):
     folder = tmp_path / "run"
     words = ["--fast-dev-run", "--limit-train", "100", "--batch-size", "20", "--method", "baseline", "--quiet"]
-    assert main(["train", *words, "--output", str(folder)]) == 0
-    assert main(["evaluate", str(folder)]) == 0
+    assert main(["train", *words, "--accumulate", "4", "--output", str(folder)]) == 0
+    assert main(["evaluate", str(folder), "--batch-size", "33"]) == 0  # nothing is accumulated here
     assert "has not finished" not in capsys.readouterr().out
     (folder / "summary.json").unlink()
     assert main(["evaluate", str(folder)]) == 0

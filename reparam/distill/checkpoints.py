@@ -149,8 +149,7 @@ def check_same(saved: Mapping[str, Any], current: Mapping[str, Any], path: Path)
     Raises:
         InputError: names every setting that differs, with both values.
     """
-    free = _FREE
-    names = sorted((set(saved) | set(current)) - free)
+    names = sorted((set(saved) | set(current)) - _FREE)
     differing = [name for name in names if _plain(name, saved.get(name)) != _plain(name, current.get(name))]
     if differing:
         listed = "; ".join(f"{name} was {saved.get(name)!r}, is {current.get(name)!r}" for name in differing)

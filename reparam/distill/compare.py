@@ -37,17 +37,19 @@ class Arm:
 
 
 def arms(config: TrainConfig) -> list[Arm]:
-    """Return the method at ``lr`` and the baselines at ``lr`` and ``ratio^2 lr``; with AdamW also at ``ratio lr``."""
-    config = config.resolved()
-    factors = [1, config.ratio**2] if config.optimizer == "sgd" else [1, config.ratio, config.ratio**2]
-    base_lr = config.lr or 0.0
-    found = [Arm(f"{config.method} lr {base_lr:g}", config)]
+    """Return the method at ``lr`` and the plain student, without branches, as a user would train it alone.
+
+    With GPD it is trained at ``lr`` and at ``ratio^2 lr``; with AdamW also at ``ratio lr``.
+    """
+    powers = [0] if not config.gpd else [0, 2] if config.optimizer == "sgd" else [0, 1, 2]
+    factors = [config.ratio**power for power in powers]
+    base_lr = config.resolved().lr or 0.0
+    found = [Arm(f"{config.method} lr {base_lr:g}", config.resolved())]
     without = {name: default for name, (_, default) in options().items() if name in STATIC_ONLY}
     for factor in dict.fromkeys(factors):
-        plain = dataclasses.replace(
-            config, method="baseline", teacher=None, teacher_checkpoint=None, lr=base_lr * factor, **without
-        )
-        found.append(Arm(f"baseline lr {base_lr * factor:g}", plain))
+        without |= {"teacher": None, "teacher_checkpoint": None, "branches": None, "branch_init": None}
+        plain = dataclasses.replace(config, method="baseline", lr=base_lr * factor, **without)
+        found.append(Arm(f"baseline lr {base_lr * factor:g}", plain.resolved()))
     return found
 
 
@@ -161,6 +163,12 @@ def _verdict(measured: list[dict[str, Any]]) -> dict[str, Any] | None:
     return {"best_baseline": best["name"], "difference": gpd[0]["mean"] - best["mean"], "standard_error": error}
 
 
+def called(content: dict[str, Any]) -> str:
+    """The name of what a comparison is about."""
+    method = str(content["config"]["method"])
+    return "GPD" if method == "gpd" else method
+
+
 def describe(content: dict[str, Any], folder: Path) -> str:
     """Lay out a comparison as a table with a verdict."""
     rows = [["student top-1", *(f"seed {seed}" for seed in content["arms"][0]["seeds"]), "mean", "std", "s per run"]]
@@ -174,8 +182,8 @@ def describe(content: dict[str, Any], folder: Path) -> str:
         [
             "",
             table(rows),
-            f"GPD minus the best baseline ({verdict['best_baseline']}): {verdict['difference']:+.2f}{error} points, "
-            "at equal epochs (a GPD step costs more: see s per run)",
+            f"{called(content)} minus the best baseline ({verdict['best_baseline']}): "
+            f"{verdict['difference']:+.2f}{error} points, at equal epochs (its steps cost more: see s per run)",
             f"files: {folder / COMPARISON}",
         ]
     )

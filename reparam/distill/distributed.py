@@ -183,8 +183,8 @@ def _batch_norm(
             running_mean.lerp_(mean.to(running_mean.dtype), momentum)
             running_var.lerp_((variance * (count / (count - 1))).to(running_var.dtype), momentum)
     result = centred * (variance + eps).rsqrt().view(shape)
-    if weight is not None and bias is not None:
-        result = result * weight.view(shape) + bias.view(shape)
+    result = result if weight is None else result * weight.view(shape)
+    result = result if bias is None else result + bias.view(shape)
     return result.to(input.dtype)
 
 

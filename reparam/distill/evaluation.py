@@ -70,7 +70,8 @@ def evaluate_run(
     if picture is not None and (picture.suffix.lower() != ".png" or not picture.parent.is_dir()):
         raise InputError(f"--tsne {tsne}: name a file that ends in .png, in a folder that exists")
     config = _config_of(path)
-    changes: dict[str, Any] = {"data": data, "batch_size": batch_size}
+    # Nothing is trained: parts of a batch and mixing have no say in how large it may be.
+    changes: dict[str, Any] = {"data": data, "batch_size": batch_size, "accumulate": 1, "mixup": 0.0, "cutmix": 0.0}
     config = dataclasses.replace(config, **{name: value for name, value in changes.items() if value is not None})
     place = resolve_device(device)
     run = _load(path, config, place)

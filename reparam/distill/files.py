@@ -61,11 +61,6 @@ class RunFolder:
         text = dump_recipe(config, f"The settings of a run of {config.model} on {config.data}.")
         write_atomically(self.path / RECIPE, lambda partial: partial.write_text(text, encoding="utf-8"))
 
-    def add_metrics(self, row: Mapping[str, Any]) -> None:
-        """Append a row to metrics.csv; every row has the same keys."""
-        self.rows.append(dict(row))
-        self.write_metrics()
-
     def write_metrics(self) -> None:
         """Write metrics.csv."""
         text = io.StringIO(newline="")

@@ -108,7 +108,11 @@ def _groups(
         for parameter in group["params"]:
             scale = divisors.get(names[id(parameter)], 1.0) ** -power
             by_scale.setdefault(scale, []).append(parameter)
-        groups += [{**group, "params": params, "lr_scale": scale} for scale, params in sorted(by_scale.items())]
+        # A step shrinks weights by lr times the decay, in a teacher as in a student: a smaller rate needs more of it.
+        groups += [
+            {**group, "params": params, "lr_scale": scale, "weight_decay": group["weight_decay"] / scale}
+            for scale, params in sorted(by_scale.items())
+        ]
     return groups
 
 

@@ -6,7 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,7 +27,6 @@ from reparam.distill.optim import make_optimizer, make_scheduler
 from reparam.distill.statics import StaticTeacher, load_static_teachers
 from reparam.distill.students import build_student, check_fit, grown
 from reparam.errors import InputError
-from reparam.provenance import LIBRARIES, versions
 
 
 @dataclass
@@ -75,7 +74,6 @@ def start(
     config: TrainConfig,
     student: nn.Module | None,
     source: Source | None,
-    command: Sequence[str],
     group: Group,
 ) -> Run:
     """Load and check everything that a run needs.
@@ -84,7 +82,6 @@ def start(
         config: settings with all defaults filled in.
         student: the network to train, or None for the one that ``config`` names.
         source: the data, or None to load it.
-        command: what the user typed, for config.json.
         group: the processes.
     """
     source = source if source is not None else load_source(config.data, config.limit_train)
@@ -111,8 +108,6 @@ def start(
     folder = RunFolder(group.decide(lambda: open_run_folder(config, check=False).path))
     progress = report.Progress(config.epochs, loader.steps, config.quiet or not group.main)
     run = Run(config, engine, loader, folder, progress, blank, Meter(learners.names, group))
-    if group.main:
-        folder.write_config(config, versions(LIBRARIES), command, asdict(loader.facts))
     progress.say(report.opening(config, loader.facts, sizes(networks), str(group.device), group.world))
     return run
 

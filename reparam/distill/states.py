@@ -87,6 +87,8 @@ def save(run: Run) -> None:
         **counts(run),
         "config": asdict(run.config),
         "data": asdict(run.loader.facts),
+        "statics": [static.fingerprint for static in run.engine.statics],
+        "saved": run.saved,
         "meter": meter,
         "rows": run.folder.rows,
     }
@@ -113,7 +115,7 @@ def take_up(run: Run, found: checkpoints.Found, quiet: bool = False) -> None:
     """Put the state of a checkpoint into the run.
 
     Raises:
-        InputError: the data is not that of the checkpoint.
+        InputError: the data or a static network is not that of the checkpoint.
     """
     state = found.state
     facts = asdict(run.loader.facts)
@@ -121,9 +123,15 @@ def take_up(run: Run, found: checkpoints.Found, quiet: bool = False) -> None:
     differing = [f"{name} was {saved.get(name)}, is {now}" for name, now in facts.items() if now != saved.get(name)]
     if differing:
         raise InputError(f"--resume: {found.path} belongs to a run on other data: {'; '.join(differing)}")
+    answering = [static.fingerprint for static in run.engine.statics]
+    if state.get("statics", answering) != answering:
+        raise InputError(
+            f"--resume: {found.path} belongs to a run with a static teacher or assistant of other weights; give the "
+            "ones of that run with --teacher-checkpoint and --assistant-checkpoint (config.json has them)"
+        )
     run.engine.load(state, state["steps"])
     run.epoch, run.step, run.steps, run.order = (state[name] for name in ("epoch", "step", "steps", "order"))
-    run.saved = run.epoch if run.step == 0 else max(run.epoch, run.saved)
+    run.saved = run.epoch if run.step == 0 else state.get("saved", run.epoch)
     run.seconds = state["seconds"]
     run.folder.rows[:] = state["rows"]
     run.meter = Meter(run.engine.learners.names, run.group, state["meter"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from torch import nn
@@ -31,6 +32,7 @@ from reparam.distill.states import (
     write_results,
 )
 from reparam.errors import StoppedError, TrainingError
+from reparam.provenance import LIBRARIES, versions
 
 
 def train(
@@ -71,9 +73,9 @@ def train(
         if done is not None:
             return done
         found = group.decide(lambda: resumed(config))
-        run = start(config, student, source, command, group)
+        run = start(config, student, source, group)
         try:
-            _begin(run, found)
+            _begin(run, found, command)
             del found  # a second copy of the whole state
             while run.epoch < config.epochs:
                 try:
@@ -88,12 +90,15 @@ def train(
     return summary
 
 
-def _begin(run: Run, found: checkpoints.Found | None) -> None:
+def _begin(run: Run, found: checkpoints.Found | None, command: Sequence[str]) -> None:
     """Save the start of a new run, or take up the state of an old one."""
+    if found is not None:
+        take_up(run, found)  # before the settings are written: it may refuse the data
+    if run.group.main:
+        run.folder.write_config(run.config, versions(LIBRARIES), command, asdict(run.loader.facts))
     if found is None:
         save(run)
         return
-    take_up(run, found)
     if run.group.main:
         run.folder.sweep()
         if run.config.resume != "auto":

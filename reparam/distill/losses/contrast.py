@@ -120,7 +120,7 @@ class CRD(nn.Module):
         self.teacher_embedding = nn.Linear(teacher.shape[1], width)
         self.register_buffer("student_memory", F.normalize(torch.randn(images, width)))
         self.register_buffer("teacher_memory", F.normalize(torch.randn(images, width)))
-        self.register_buffer("estimate", torch.full((2,), math.nan))
+        self.register_buffer("estimate", torch.full((2,), math.inf))
         self._shared = False
         for name, table in zip(("order", "start", "size"), _classes(images, labels), strict=True):
             self.register_buffer(name, table, persistent=False)
@@ -187,7 +187,7 @@ class CRD(nn.Module):
         found = scores.flatten().logsumexp(0) + math.log(self.images / rows.numel())
         if self.training and _processes() > 1 and not self._shared:
             found = _gathered(found[None]).logsumexp(0) - math.log(_processes())
-        log_normaliser = torch.where(self.estimate[side].isnan(), found, promote(self.estimate[side]))
+        log_normaliser = torch.where(self.estimate[side].isinf(), found, promote(self.estimate[side]))
         if self.training:
             self.estimate[side] = log_normaliser
         return noise_contrast(similarity[:, 0], similarity[:, 1:], self.images, log_normaliser, self.temperature)
