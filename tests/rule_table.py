@@ -140,7 +140,7 @@ NORM_ROWS = [
     op("torch.group_norm", lambda x, m: torch.group_norm(x, 4, m.w, m.b, 1e-3), w=(C,), b=(C,)),
     op("group_norm-after-cat", lambda x, m: m.n(torch.cat([x, m.c(x)], 1)), n=lambda: nn.GroupNorm(3, 12),
        c=lambda: nn.Conv2d(C, 4, 1)),
-    op("group_norm-after-uneven-cat", lambda x, m: m.n(torch.cat([x, torch.fft.fft2(x).abs()], 1)), "fft",
+    op("group_norm-after-uneven-cat", lambda x, m: m.n(torch.cat([x, torch.fft.fft(x, dim=1).abs()], 1)), "transform",
        n=lambda: nn.GroupNorm(1, 2 * C)),
     tokens("layer_norm", lambda x, m: m.n(x), n=lambda: nn.LayerNorm(C)),
     tokens("layer_norm-no-bias", lambda x, m: m.n(x), n=lambda: nn.LayerNorm(C, bias=False)),

@@ -337,7 +337,7 @@ def test_files_that_are_no_checkpoints(tmp_path, nets, teacher_run, monkeypatch)
         "newer.ckpt": "has version 99, this reparam reads version 1",
         "weights.ckpt": "is no checkpoint of a run; weights alone go to --checkpoint",
         "nowhere.ckpt": "no such checkpoint",
-        "": "no such checkpoint",
+        "": "is a folder, not a checkpoint; to go on in it",
     }
     for name, message in cases.items():
         with pytest.raises(FormatError, match=message):
