@@ -2,6 +2,7 @@
 
 import argparse
 
+import numpy as np
 import pytest
 
 from reparam.distill.command import add_arguments, config_from, run
@@ -150,6 +151,12 @@ def test_a_recipe_may_hold_settings_that_another_method_leaves_unused():
 def test_settings_that_cannot_work(changes, message):
     with pytest.raises(InputError, match=message):
         TrainConfig(**changes)
+
+
+def test_numbers_of_numpy_are_numbers():
+    config = TrainConfig(lr=np.float32(0.5), epochs=np.int64(3), kd_weight=2, milestones=[1, 2], schedule="multistep")
+    assert config == TrainConfig(lr=0.5, epochs=3, kd_weight=2.0, milestones=(1, 2), schedule="multistep")
+    assert [type(v) for v in (config.lr, config.epochs, config.kd_weight)] == [float, int, float]
 
 
 def test_run_returns_zero_and_writes(tmp_path, capsys):

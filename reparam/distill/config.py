@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from reparam.distill.ranges import check_ranges, check_types
+from reparam.distill.ranges import check_ranges, typed
 
 DEFAULT_MODEL = "cifar_resnet8_w8"
 _OPTION = "option"
@@ -307,7 +307,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work."""
-        check_types(self, declared())
+        for name, value in typed(self, declared()).items():
+            object.__setattr__(self, name, value)
         check_ranges(self, {name: option.choices for name, (option, _) in options().items() if option.choices})
 
     @property

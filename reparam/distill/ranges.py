@@ -100,19 +100,18 @@ STATIC_ONLY = (
 """Settings of the loss against a static teacher; without one they would have no effect."""
 
 
-def check_types(config: Any, annotations: Mapping[str, Any]) -> None:
-    """Refuse values of other types than declared.
+def typed(config: Any, annotations: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all settings as values of their declared types.
 
     Raises:
-        InputError: names the option.
+        InputError: one is of another type; names the option.
     """
     if isinstance(config.ratio, bool) or not isinstance(config.ratio, int):
         raise InputError(
             f"--ratio of a training run is one int for all layers, got {config.ratio!r}; reparam.expand and "
             "reparam.plan take a mapping"
         )
-    for name, annotation in annotations.items():
-        converted(getattr(config, name), annotation, flag(name))
+    return {name: converted(getattr(config, name), annotation, flag(name)) for name, annotation in annotations.items()}
 
 
 def check_ranges(config: Any, choices: Mapping[str, tuple[str, ...]]) -> None:

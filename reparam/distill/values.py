@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import types
 import typing
 from typing import Any
@@ -19,7 +20,9 @@ _LARGEST = 1e300
 
 
 def converted(value: Any, annotation: Any, where: str) -> Any:
-    """Return a value as an annotation has it: ``T``, ``T | None``, or ``tuple[T, ...]``; an int is a float as well.
+    """Return a value as an annotation has it: ``T``, ``T | None``, or ``tuple[T, ...]``.
+
+    An int is a float as well, and NumPy's numbers are numbers.
 
     Raises:
         InputError: it is of another type; the message begins with ``where``.
@@ -32,9 +35,13 @@ def converted(value: Any, annotation: Any, where: str) -> Any:
     kind = typing.get_origin(wanted) or wanted
     if kind is tuple and isinstance(value, (list, tuple)):
         return tuple(converted(entry, typing.get_args(wanted)[0], f"{where}, an entry") for entry in value)
-    if kind is float and type(value) in (int, float) and abs(value) <= _LARGEST:
-        return float(value)
-    if kind in (bool, int, str) and type(value) is kind:
+    if kind is float and isinstance(value, numbers.Real) and not isinstance(value, bool):
+        number = value if isinstance(value, int) else float(value)  # no float holds every int
+        if abs(number) <= _LARGEST:
+            return float(number)
+    if kind is int and isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return int(value)
+    if kind in (bool, str) and type(value) is kind:
         return value
     raise InputError(f"{where} must be {_WORDS[kind]}, got {shown(value)}{_way_out(value, kind)}")
 
