@@ -46,8 +46,8 @@ def arms(config: TrainConfig) -> list[Arm]:
     base_lr = config.resolved().lr or 0.0
     found = [Arm(f"{config.method} lr {base_lr:g}", config.resolved())]
     without = {name: default for name, (_, default) in options().items() if name in STATIC_ONLY}
+    without |= dict.fromkeys(("teacher", "teacher_checkpoint", "branches", "branch_init"))
     for factor in dict.fromkeys(factors):
-        without |= {"teacher": None, "teacher_checkpoint": None, "branches": None, "branch_init": None}
         plain = dataclasses.replace(config, method="baseline", lr=base_lr * factor, **without)
         found.append(Arm(f"baseline lr {base_lr * factor:g}", plain.resolved()))
     return found

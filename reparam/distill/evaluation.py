@@ -206,5 +206,4 @@ def _config_of(folder: Path) -> TrainConfig:
     unknown = sorted(set(saved) - set(settings()))
     if unknown:
         raise FormatError(f"{folder / files.CONFIG} was written by another version: unknown {', '.join(unknown)}")
-    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()}
-    return TrainConfig(**values)
+    return TrainConfig(**saved)

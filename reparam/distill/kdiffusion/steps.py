@@ -199,10 +199,15 @@ def _by_feature(matrix: Tensor, rank: Tensor) -> Tensor:
 
 def _rows(features: Tensor, constants: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """Maps ``[m, N, C, H, W]`` as ``[groups, m, rest]``: a view of the features if they are dense in either format."""
-    last = features[0].is_contiguous(memory_format=torch.channels_last)
+    last = _channels_last(features)
     flat = [values.movedim(2, -1) if last else values for values in (features, constants)]
     first, second = (values.reshape(len(values), groups, -1).transpose(0, 1) for values in flat)
     return first, second
+
+
+def _channels_last(maps: Tensor) -> bool:
+    """Whether each of the maps ``[m, N, C, H, W]`` has its channels last in memory."""
+    return maps[0].is_contiguous(memory_format=torch.channels_last)
 
 
 @functools.lru_cache(maxsize=64)
@@ -241,7 +246,7 @@ def mean_of(features: Tensor) -> Tensor:
     A product, so that the gradient comes in the memory format of the features: the backward pass of torch's batch norm
     takes several times as long if the two differ.
     """
-    last = features[0].is_contiguous(memory_format=torch.channels_last)
+    last = _channels_last(features)
     flat = features.movedim(2, -1) if last else features
     rows = flat.reshape(len(flat), -1)
     with torch.autocast(rows.device.type, enabled=False):
