@@ -189,9 +189,10 @@ def test_evaluate_of_a_damaged_run(tmp_path, capsys):
     (folder / "config.json").write_text("{")
     assert main(["evaluate", str(folder)]) == 2
     assert "config.json is damaged" in capsys.readouterr().err
-    (folder / "config.json").write_text('{"a": 1}')
-    assert main(["evaluate", str(folder)]) == 2
-    assert "config.json is damaged or was written by another version: it lacks config" in capsys.readouterr().err
+    for content in ('{"a": 1}', '{"config": 5}', "[]"):
+        (folder / "config.json").write_text(content)
+        assert main(["evaluate", str(folder)]) == 2
+        assert "config.json is damaged or was written by another version: it lacks config" in capsys.readouterr().err
 
 
 def test_evaluate_says_that_a_run_has_not_finished(tmp_path, capsys):

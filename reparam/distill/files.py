@@ -160,14 +160,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_entries(path: Path, *names: str) -> list[Any]:
-    """Read entries of a file that `write_json` wrote.
+def read_entries(path: Path, *names: str) -> list[dict[str, Any]]:
+    """Read entries of a file that `write_json` wrote, each of them a mapping.
 
     Raises:
         FormatError: damaged, or without one of them.
     """
     content = read_json(path)
-    lacking = [name for name in names if not isinstance(content, dict) or name not in content]
+    known = content if isinstance(content, dict) else {}
+    lacking = [name for name in names if not isinstance(known.get(name), dict)]
     if lacking:
         raise FormatError(f"{path} is damaged or was written by another version: it lacks {', '.join(lacking)}")
     return [content[name] for name in names]
