@@ -12,8 +12,8 @@ GPD without and with branches; and with a static teacher, which is trained first
 weights (EMA) are measured in each run.
 Arms of the suite ``gap``, all of the same student: alone, and with a static teacher, which is trained first: KD, TAKD
 and Gap-KD through ``--assistant``, Gap-KD through the student grown by 2, Kdiffusion and its control; on request GPD
-with Gap-KD and with Kdiffusion. Each arm trains its assistant in its own folder. Plain networks of ten layers pool four
-times: images need 16 pixels.
+with Gap-KD and with Kdiffusion, and both methods at smaller weights. Each arm trains its assistant in its own folder.
+Plain networks of ten layers pool four times: images need 16 pixels.
 A run that is done is not repeated: the same command goes on where an interrupted one stopped.
 Takes every option of ``reparam train`` as the base of all arms. Paths of the measuring machine are not written.
 """
@@ -94,7 +94,14 @@ def gap_arms(base: TrainConfig, options: argparse.Namespace) -> list[Arm]:
         Arm("Kdiffusion, average", {"method": "kdiffusion-average"}, static=True),
         Arm("GPD + Gap-KD", {"method": "gpd+gapkd", **gap, **through}, static=True),
         Arm("GPD + Kdiffusion", {"method": "gpd+kdiffusion"}, static=True),
+        # Lighter: the recipe's weights multiply the step, and ten steps of all stages outweigh the labels.
+        Arm("Gap-KD, weights 1 1 2", {"method": "gapkd", **gap, **through, **_LIGHT}, static=True),
+        Arm("Kdiffusion, weight 0.1", {"method": "kdiffusion", "distill_weight": 0.1}, static=True),
     ]
+
+
+_LIGHT = {"ce_weight": 1.0, "alpha": 1.0, "beta": 2.0}
+"""Weights of Gap-KD in a result folder of its release, for plain networks on CIFAR-10."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,11 @@ MEMORY = 3 * 2**30
 # second thread gives next to nothing, and where others want its core too, threads spin while they wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# glibc hands the memory of large tensors back to the system and gets it anew, page by page, for the next one. A process
+# reads these when it starts: they are for the processes of ``-n auto`` and those that tests start.
+os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**32))
+os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**34))
+
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Processes for ``-n auto``; none where files are named, since starting them takes longer than most files."""

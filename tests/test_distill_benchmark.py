@@ -43,7 +43,7 @@ def test_the_arms_for_large_gaps(benchmark):
     options = argparse.Namespace(assistant="a", assistant_epochs=3, gap_recipe="cifar100/plain10-plain2-gapkd")
     arms = evidence.gap_arms(TrainConfig(epochs=80), options)
     taught = {arm.name: arm.changes for arm in arms if arm.static}
-    assert [arm.name for arm in arms if not arm.static] == ["baseline"] and len(arms) == 9
+    assert [arm.name for arm in arms if not arm.static] == ["baseline"] and len(arms) == 11
     weights = {"ce_weight": 3.1028, "alpha": 5.8755, "beta": 9.0903, "distill_warmup": 16, "tau_max": 25.0}
     for name, assistant in (("Gap-KD", "a"), ("Gap-KD, grown assistant", "expand:2"), ("GPD + Gap-KD", "a")):
         assert taught[name] == {
@@ -52,8 +52,9 @@ def test_the_arms_for_large_gaps(benchmark):
             "assistant": assistant,
             "assistant_epochs": 3,
         }
-    assert [name for name in taught if "GPD" in name] == [
-        arm.name for arm in arms[evidence.SUITES["gap"].default_arms :]
-    ]
+    on_request = [arm.name for arm in arms[evidence.SUITES["gap"].default_arms :]]
+    assert [name for name in taught if "GPD" in name or "weight" in name] == on_request
+    lighter = {"ce_weight": 1.0, "alpha": 1.0, "beta": 2.0}
+    assert taught["Gap-KD, weights 1 1 2"] == {**taught["Gap-KD"], **lighter}
     for changes in taught.values():
         TrainConfig(**changes, teacher="t", teacher_checkpoint="c")
