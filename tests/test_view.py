@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from zoo import BY_NAME, built, error, randomise, sample
 
 import reparam
@@ -156,6 +158,28 @@ def test_gathered_gradients_are_those_of_autograd(name: str, options: dict[str, 
         assert (value is None) == (found[1][key] is None)
         assert value is None or error(found[1][key], value) <= 1e-12, key
     assert any(error(found[1][key], value) > 1e-3 for key, value in alone.items())  # the student did add something
+
+
+class _FromTheHost(TorchDispatchMode):
+    """Counts tensors that are made of Python numbers: a GPU waits for them, and no CUDA graph holds them."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten.lift_fresh.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("recipe", ["orepa", "orepa_small", "acb", "expandnet", "mobileone"])
+def test_a_step_makes_no_tensors_of_numbers(recipe: str) -> None:
+    teacher = reparam.expand(net(), 2, branches=recipe, init="scratch", example_input=X).train()
+    view = reparam.student_view(teacher).train()
+    with _FromTheHost() as mode, view.gathered():
+        teacher(X).square().mean().backward()
+        view(X).cos().mean().backward()
+    with _FromTheHost() as known:
+        torch.tensor([1, 2])
+    assert (mode.count, known.count) == (0, 1)
 
 
 def test_gathered_gradients_without_those_of_a_teacher() -> None:

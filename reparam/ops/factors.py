@@ -10,12 +10,14 @@ into the products, as it does in the convolution that uses the kernel.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from reparam.ops import algebra
 from reparam.ops.kernels import Kernel, Sizes
@@ -65,9 +67,8 @@ class Factors:
         """Return the taps as [O or I / groups, K, number of taps], a single one in the middle."""
         if tuple(self.taps.shape[2:]) == size:
             return self.taps.flatten(2)
-        middle = torch.zeros(size, dtype=self.taps.dtype, device=self.taps.device)
-        middle[tuple(k // 2 for k in size)] = 1
-        return self.taps.flatten(2) * middle.flatten()
+        beside = math.prod(size) // 2  # sizes are odd, see joins
+        return F.pad(self.taps.flatten(2), (beside, beside))
 
 
 def point(kernel: Kernel) -> Factors:

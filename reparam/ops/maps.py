@@ -147,6 +147,21 @@ class ReplicaMap:
             return None
         return slice(int(self.first[0]), int(self.first[-1]) + 1, step)
 
+    @cached_property
+    def blocks(self) -> tuple[int, int, int] | None:
+        """``(n, wide, narrow)`` where the first replicas are the first ``narrow`` of each of n times ``wide`` indices.
+
+        So it is behind a depthwise operator with several outputs per channel.
+        """
+        ends = np.flatnonzero(np.diff(self.first) != 1)
+        narrow = int(ends[0]) + 1 if len(ends) else self.size
+        n = self.size // max(narrow, 1)
+        if not n or len(self) % n:
+            return None
+        wide = len(self) // n
+        found = (np.arange(n)[:, None] * wide + np.arange(narrow)).reshape(-1)
+        return (n, wide, narrow) if np.array_equal(found, self.first) else None
+
     def outputs(self, multiplier: int) -> ReplicaMap:
         """Return the output map of a depthwise operator that gives each channel ``multiplier`` outputs."""
         index = (self.index[:, None] * multiplier + np.arange(multiplier)).reshape(-1)

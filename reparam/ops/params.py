@@ -123,9 +123,13 @@ class ParamMap:
                 factor *= divisor
             else:
                 gradient = gradient * divisor
-        for dim, replica_map in self.maps.items():
+        for dim, replica_map in sorted(self.maps.items(), reverse=True):  # blocks move the dimensions behind them
             if replica_map.slice is not None:
                 into = first_replicas(into, dim, replica_map)
+            elif replica_map.blocks is not None:
+                n, wide, narrow = replica_map.blocks
+                into = into.unflatten(dim, (n, wide)).narrow(dim + 1, 0, narrow)
+                gradient = gradient.unflatten(dim, (n, narrow))
             else:
                 first = torch.tensor(replica_map.first, device=gradient.device)
                 shape = [*gradient.shape[:dim], len(replica_map), *gradient.shape[dim + 1 :]]
@@ -234,9 +238,15 @@ def repeat_all(value: Tensor, maps: Maps) -> Tensor:
 
 
 def first_replicas(value: Tensor, dim: int, replica_map: ReplicaMap) -> Tensor:
-    """Take the first replica of each student index along ``dim``; a view where the layout allows."""
+    """Take the first replica of each student index along ``dim``; a view where the layout allows.
+
+    Without a tensor of indices where it allows that: a GPU would wait for it, and no CUDA graph can hold it.
+    """
     if replica_map.slice is not None:
         return value[(slice(None),) * dim + (replica_map.slice,)]
+    if replica_map.blocks is not None:
+        n, wide, narrow = replica_map.blocks
+        return value.unflatten(dim, (n, wide)).narrow(dim + 1, 0, narrow).flatten(dim, dim + 1)
     return value.index_select(dim, torch.tensor(replica_map.first, device=value.device))
 
 
