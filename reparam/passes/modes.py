@@ -35,6 +35,11 @@ def choose(training: bool, in_train: Any, in_eval: Any) -> Any:
     return in_train if training else in_eval
 
 
+def pick(condition: bool, wanted: bool, first: Any, second: Any) -> Any:
+    """Return ``first`` where a condition is the wanted one, else ``second``."""
+    return first if bool(condition) is wanted else second
+
+
 def require(value: Any, expected: Any, message: str) -> None:
     """Stop where a value that decides the graph is another one.
 

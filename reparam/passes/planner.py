@@ -171,7 +171,8 @@ class Planner:
     def _by_rule(self, node: fx.Node, args: Value, kwargs: Value) -> Value:
         entry = find_rule(node.op, node.target)
         if entry is None:
-            raise Refuse("no rule for this operator")
+            once = hasattr(node.target, "reparam_conditional")
+            raise Refuse("it runs on one way of a branch on sizes only" if once else "no rule for this operator")
         call = Call(self, node, list(args), dict(kwargs), entry.signature)
         try:
             value = entry.function(call, *args, **kwargs)
