@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from pathlib import Path
@@ -403,3 +404,84 @@ def test_an_attribute_survives_the_module_that_used_it_first() -> None:
     teacher = reparam.expand(model, 2, example_input=sample((2, 6)))
     assert list(teacher.plan.leaves) == ["inner"]
     check(model, teacher, (3, 6))
+
+
+def refuses_if(m: Inner, x: Tensor) -> Tensor:
+    height, width = x.shape[2:]
+    if height % 2 or width > 20:
+        raise ValueError(f"even heights and at most 20 columns, not {height} and {width}")
+    if not x.shape[1] == 8:
+        raise ValueError("8 channels, not " + str(x.shape[1]))
+    return turned(m.conv(x))
+
+
+def refuses_batches(m: Inner, x: Tensor) -> Tensor:
+    if x.shape[0] != 1 and x.shape[0] % 2 == 1:
+        raise RuntimeError("one image or pairs of images")
+    return turned(m.conv(turned(x)))
+
+
+@pytest.mark.parametrize("function", [refuses_if, refuses_batches], ids=lambda f: f.__name__)
+def test_an_error_that_the_code_raises_is_no_branch(function: Callable[[Inner, Tensor], Tensor]) -> None:
+    model, teacher = made(function)
+    assert teacher.plan.coverage == 1.0 and not guards(teacher) and not teacher.plan.leaves
+    check(model, teacher, (2, 3, 10, 9), (1, 3, 6, 20), (4, 3, 8, 8))
+    for shape in [(2, 3, 9, 9), (2, 3, 8, 21)] if function is refuses_if else [(3, 3, 8, 8), (5, 3, 4, 4)]:
+        with pytest.raises((ValueError, RuntimeError)):
+            model(sample(shape))
+        with pytest.raises(RuntimeError, match=r"test_guards\.py:\d+: the network refuses this input"):
+            teacher(sample(shape))
+
+
+def falls_back(m: Inner, x: Tensor) -> Tensor:
+    """An error that the code itself catches: no size may take the other way unnoticed."""
+
+    def even(x: Tensor) -> Tensor:
+        if x.shape[2] % 2:
+            raise ValueError("even heights")
+        return turned(x)
+
+    try:
+        x = even(x)
+    except ValueError:
+        x = torch.relu(x)
+    return m.conv(x)
+
+
+def test_an_error_that_the_code_catches_itself_is_refused() -> None:
+    model, teacher = made(falls_back)
+    check(model, teacher, (2, 3, 10, 9), (1, 3, 6, 5))
+    model(sample((2, 3, 9, 9)))
+    with pytest.raises(RuntimeError, match="refuses this input"):
+        teacher(sample((2, 3, 9, 9)))
+
+
+class Caught(nn.Module):
+    """Its train mode does other things, so it is a leaf; and it catches its own error, where it goes on otherwise."""
+
+    edited: bool
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        try:
+            if x.shape[2] % 2:
+                raise ValueError("even heights")
+        except ValueError:
+            x = turned(x) if self.edited else torch.relu(x)
+        return self.conv(torch.tanh(x) if self.training else x * 2)
+
+
+@pytest.mark.parametrize("edited", [True, False])
+def test_an_error_that_a_leaf_catches_is_a_branch_of_it(edited: bool) -> None:
+    body = Caught()
+    body.edited = edited
+    model = randomise(Nested(body).double()).eval()
+    teacher = reparam.expand(model, 2, example_input=sample((2, 3, 8, 8)))
+    assert teacher.plan.coverage == 1.0 and bool(teacher.plan.leaves) is not edited
+    for mode in (True, False):
+        check(model.train(mode), teacher.train(mode), (2, 3, 8, 8), (1, 3, 6, 4))
+        with pytest.raises(RuntimeError, match="refuses this input") if edited else contextlib.nullcontext():
+            check(model, teacher, (2, 3, 7, 8))

@@ -50,6 +50,16 @@ def require(value: Any, expected: Any, message: str) -> None:
         raise AssertionError(message)
 
 
+def refuse(value: Any, expected: Any, message: str) -> None:
+    """Stop where the student's code raises an error of its own.
+
+    Raises:
+        RuntimeError: it does.
+    """
+    if bool(value) is not expected:
+        raise RuntimeError(message)
+
+
 def require_mode(training: bool, mode: bool, path: str) -> None:
     """Stop where a module is not in the mode that its part of the graph was recorded for.
 

@@ -10,7 +10,7 @@ from collections import OrderedDict
 import torch
 
 from reparam.passes.call import Call
-from reparam.passes.modes import pick, require
+from reparam.passes.modes import pick, refuse, require
 from reparam.passes.registry import rule
 from reparam.passes.rules.broadcast import narrow_numbers
 from reparam.passes.values import Free, Pair, Refuse, Value, join
@@ -102,7 +102,7 @@ def picked(call: Call, condition: Value, wanted: Value, first: Value, second: Va
     return call.result(dict(call.pair("first").maps))
 
 
-@rule(require)
+@rule(require, refuse)
 def required(call: Call, value: Value, expected: Value, message: Value) -> Value:
     """A guard is about the student's sizes."""
     call.narrow_int("value")
