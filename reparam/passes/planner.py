@@ -368,6 +368,8 @@ class Planner:
         if not isinstance(self.state.env[node], Free):
             return self.state.env[node]
         loaned: dict[fx.Node, Value] = {}
+        # A size that is read off a computed weight does not decide that weight: its operator comes later.
+        is_number = source is None and not isinstance(node.meta["val"], Tensor)
         for current in ancestors(node, self.state.env):
             if not isinstance(self.state.env[current], Free):
                 continue
@@ -375,6 +377,8 @@ class Planner:
                 loaned[current] = self.state.env[current]
                 self.state.env[current] = self.assign(current, {})
             elif current.op != "get_attr":
+                if is_number:
+                    loaned[current] = self.state.env[current]
                 self.visit(current)
         value = self.state.env[node]
         self.state.env.update({n: v for n, v in loaned.items() if n is not node})
