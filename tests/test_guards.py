@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -132,19 +134,94 @@ def test_with_edits_inside_the_branch_of_the_example_works(
     check(model, reparam.extract(teacher), (2, 3, 8, 9))
 
 
-@pytest.mark.parametrize("function", [by_batch, over_batch, by_count], ids=lambda f: f.__name__)
-def test_a_branch_on_the_batch_is_never_recorded(function: Callable[[Inner, Tensor], Tensor]) -> None:
+def edited_for_one(m: Inner, x: Tensor) -> Tensor:
+    return m.conv(turned(x) if x.shape[0] == 1 else x)
+
+
+def positions(m: Inner, x: Tensor) -> Tensor:
+    """What language models do: positions are expanded to the batch, unless there is one sample."""
+    places = torch.arange(x.shape[2], dtype=x.dtype, device=x.device).unsqueeze(0)
+    if x.shape[0] != places.shape[0]:
+        places = places.expand(x.shape[0], -1)
+    return m.conv(turned(x) * places[:, None, :, None])
+
+
+def computed(m: Inner, x: Tensor) -> Tensor:
+    """Operators of both ways, on what is widened too."""
+    x = m.conv(turned(x))
+    if x.shape[0] > 100:
+        low = x.mean((2, 3), keepdim=True) * m.conv.bias[:, None, None]
+    else:
+        low = torch.relu(x).sum(2, keepdim=True)
+    return turned(x + low)
+
+
+def asked_twice(m: Inner, x: Tensor) -> Tensor:
+    x = turned(x) if x.shape[0] == 1 else x
+    x = m.conv(torch.tanh(x))
+    return x if x.shape[0] == 1 else torch.relu(x)
+
+
+WAYS = {positions: 1.0, computed: 1.0, by_batch: 0.9, by_count: 0.9, edited_for_one: 0.05, asked_twice: 0.0}
+"""Operators of one way only keep the student's width, and so does what follows them."""
+
+
+@pytest.mark.parametrize("function", WAYS, ids=lambda f: f.__name__)
+def test_both_ways_of_a_branch_on_the_batch_are_joined(
+    function: Callable[[Inner, Tensor], Tensor], tmp_path: Path
+) -> None:
+    model, teacher = made(function)
+    assert teacher.plan.specialised == ("1",) and teacher.plan.coverage >= WAYS[function]
+    reasons = {c.reason for c in teacher.plan.contractions}
+    assert ("it runs on one way of a branch on sizes only" in reasons) == (function is not positions)
+    shapes = [(2, 3, 10, 9), (1, 3, 10, 9), (3, 3, 6, 5), (101, 3, 4, 4), (1, 3, 5, 8)]
+    check(model, teacher, *shapes)
+    check(model.train(), teacher.train(), *shapes)
+    check(model.eval(), copy.deepcopy(teacher).eval(), *shapes)
+    reparam.save(teacher, tmp_path / "teacher.safetensors")
+    check(model, reparam.load(tmp_path / "teacher.safetensors", network(function)), *shapes)
+    check(model, reparam.extract(teacher), *shapes)
+
+
+def test_both_ways_of_a_root_are_joined() -> None:
+    class Batched(Root):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.body(self.stem(x))
+            return self.head(x * 2 if x.shape[0] == 1 else x)
+
+    model = randomise(Batched().double()).eval()
+    teacher = reparam.expand(model, 2, example_input=sample((2, 3, 10, 9)))
+    assert teacher.plan.coverage > 0.7 and not guards(teacher)
+    check(model, teacher, (1, 3, 10, 9), (2, 3, 4, 4), (5, 3, 4, 4))
+
+
+def calls_one(m: Inner, x: Tensor) -> Tensor:
+    """Another layer for one sample: an operator that is called as a module."""
+    return m.conv(turned(x)) if x.shape[0] == 1 else turned(x)
+
+
+def in_place(m: Inner, x: Tensor) -> Tensor:
+    x = m.conv(turned(x))
+    if x.shape[0] > 100:
+        x.mul_(2)
+    return turned(x)
+
+
+def two_questions(m: Inner, x: Tensor) -> Tensor:
+    """A second branch that goes another way for some batches only."""
+    x = m.conv(turned(x)) * (2 if x.shape[0] > 2 else 1)
+    return turned(torch.relu(x) if x.shape[0] > 100 else x)
+
+
+@pytest.mark.parametrize("function", [over_batch, calls_one, in_place, two_questions], ids=lambda f: f.__name__)
+def test_other_branches_on_the_batch_are_never_recorded(function: Callable[[Inner, Tensor], Tensor]) -> None:
     model, teacher = made(function)
     assert list(teacher.plan.leaves) == ["1"]
     assert not teacher.plan.specialised and not guards(teacher)
     assert teacher.plan.coverage < 0.2
     reason = teacher.plan.leaves["1"]
     assert "test_guards.py:" in reason
-    check(model, teacher, (2, 3, 10, 9), (1, 3, 10, 9), (101, 3, 6, 6))
-
-
-def edited_for_one(m: Inner, x: Tensor) -> Tensor:
-    return m.conv(turned(x) if x.shape[0] == 1 else x)
+    check(model, teacher, (2, 3, 10, 9), (1, 3, 10, 9), (3, 3, 10, 9), (101, 3, 6, 6))
 
 
 def edited_below(m: Inner, x: Tensor) -> Tensor:
@@ -157,10 +234,9 @@ def edited_when_low(m: Inner, x: Tensor) -> Tensor:
     return m.conv(turned(x) if x.shape[2] < 8 else x)
 
 
-@pytest.mark.parametrize("function", [edited_for_one, edited_below], ids=lambda f: f.__name__)
-def test_an_edit_in_a_branch_that_the_example_does_not_take(function: Callable[[Inner, Tensor], Tensor]) -> None:
+def test_an_edit_in_a_branch_that_the_example_does_not_take() -> None:
     """A leaf accepts every size, so every branch inside it counts: this one is not widened."""
-    model, teacher = made(function)
+    model, teacher = made(edited_below)
     assert list(teacher.plan.leaves) == ["1"] and not teacher.plan.specialised and teacher.plan.coverage < 0.2
     check(model, teacher, (2, 3, 10, 9), (1, 3, 10, 9), (1, 3, 6, 6), (101, 3, 6, 6))
 
@@ -298,10 +374,10 @@ def test_a_question_about_the_batch_with_one_answer_is_recorded() -> None:
     check(model, teacher, (1, 3, 8, 8), (2, 3, 8, 8), (5, 3, 6, 6))
 
 
-def test_a_question_about_a_batch_of_one_is_not() -> None:
+def test_a_question_about_a_batch_of_one_is_recorded_for_both_answers() -> None:
     model = randomise(Nested(Inner(single)).double()).eval()
     teacher = reparam.expand(model, 2, example_input=sample((4, 3, 8, 8)))
-    assert not teacher.plan.specialised
+    assert teacher.plan.specialised == ("body",) and teacher.plan.coverage > 0.9
     check(model, teacher, (1, 3, 8, 8), (4, 3, 8, 8))
 
 
@@ -328,3 +404,84 @@ def test_an_attribute_survives_the_module_that_used_it_first() -> None:
     teacher = reparam.expand(model, 2, example_input=sample((2, 6)))
     assert list(teacher.plan.leaves) == ["inner"]
     check(model, teacher, (3, 6))
+
+
+def refuses_if(m: Inner, x: Tensor) -> Tensor:
+    height, width = x.shape[2:]
+    if height % 2 or width > 20:
+        raise ValueError(f"even heights and at most 20 columns, not {height} and {width}")
+    if not x.shape[1] == 8:
+        raise ValueError("8 channels, not " + str(x.shape[1]))
+    return turned(m.conv(x))
+
+
+def refuses_batches(m: Inner, x: Tensor) -> Tensor:
+    if x.shape[0] != 1 and x.shape[0] % 2 == 1:
+        raise RuntimeError("one image or pairs of images")
+    return turned(m.conv(turned(x)))
+
+
+@pytest.mark.parametrize("function", [refuses_if, refuses_batches], ids=lambda f: f.__name__)
+def test_an_error_that_the_code_raises_is_no_branch(function: Callable[[Inner, Tensor], Tensor]) -> None:
+    model, teacher = made(function)
+    assert teacher.plan.coverage == 1.0 and not guards(teacher) and not teacher.plan.leaves
+    check(model, teacher, (2, 3, 10, 9), (1, 3, 6, 20), (4, 3, 8, 8))
+    for shape in [(2, 3, 9, 9), (2, 3, 8, 21)] if function is refuses_if else [(3, 3, 8, 8), (5, 3, 4, 4)]:
+        with pytest.raises((ValueError, RuntimeError)):
+            model(sample(shape))
+        with pytest.raises(RuntimeError, match=r"test_guards\.py:\d+: the network refuses this input"):
+            teacher(sample(shape))
+
+
+def falls_back(m: Inner, x: Tensor) -> Tensor:
+    """An error that the code itself catches: no size may take the other way unnoticed."""
+
+    def even(x: Tensor) -> Tensor:
+        if x.shape[2] % 2:
+            raise ValueError("even heights")
+        return turned(x)
+
+    try:
+        x = even(x)
+    except ValueError:
+        x = torch.relu(x)
+    return m.conv(x)
+
+
+def test_an_error_that_the_code_catches_itself_is_refused() -> None:
+    model, teacher = made(falls_back)
+    check(model, teacher, (2, 3, 10, 9), (1, 3, 6, 5))
+    model(sample((2, 3, 9, 9)))
+    with pytest.raises(RuntimeError, match="refuses this input"):
+        teacher(sample((2, 3, 9, 9)))
+
+
+class Caught(nn.Module):
+    """Its train mode does other things, so it is a leaf; and it catches its own error, where it goes on otherwise."""
+
+    edited: bool
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        try:
+            if x.shape[2] % 2:
+                raise ValueError("even heights")
+        except ValueError:
+            x = turned(x) if self.edited else torch.relu(x)
+        return self.conv(torch.tanh(x) if self.training else x * 2)
+
+
+@pytest.mark.parametrize("edited", [True, False])
+def test_an_error_that_a_leaf_catches_is_a_branch_of_it(edited: bool) -> None:
+    body = Caught()
+    body.edited = edited
+    model = randomise(Nested(body).double()).eval()
+    teacher = reparam.expand(model, 2, example_input=sample((2, 3, 8, 8)))
+    assert teacher.plan.coverage == 1.0 and bool(teacher.plan.leaves) is not edited
+    for mode in (True, False):
+        check(model.train(mode), teacher.train(mode), (2, 3, 8, 8), (1, 3, 6, 4))
+        with pytest.raises(RuntimeError, match="refuses this input") if edited else contextlib.nullcontext():
+            check(model, teacher, (2, 3, 7, 8))

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from zoo import BY_NAME, Net1d, UNet, built, mlp, sample
+import torch.nn.functional as F
+from torch import Tensor, nn
+from zoo import BY_NAME, Net1d, UNet, built, error, mlp, randomise, sample
 
 import reparam
 from reparam.errors import FormatError, InputError
@@ -144,6 +145,54 @@ def test_a_module_that_is_never_called_stands_in_the_table() -> None:
     made = reparam.plan(model, 2, example_input=torch.randn(4, 20))
     layer = made.layers[-1]
     assert (layer.name, layer.widened, layer.reason) == ("spare.unused.weight", False, "not used by this forward pass")
+
+
+class Sized(nn.Module):
+    """A depthwise layer as a function that reads a size off its weight, and a weight that is read as a matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.depth, self.head = nn.Conv1d(3, 8, 1), nn.Conv1d(8, 8, 3, groups=8), nn.Conv1d(8, 2, 1)
+        self.taps = nn.Parameter(torch.randn(8, 8, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        weight = self.depth.weight.squeeze(1)
+        x = F.conv1d(x, weight.unsqueeze(1), self.depth.bias, padding=weight.shape[-1] - 1, groups=x.shape[1])
+        x = torch.exp(-((x.transpose(1, 2).unsqueeze(-1) - torch.linspace(-1, 1, 5, dtype=x.dtype)) ** 2)).flatten(2)
+        return self.head(F.linear(x, self.taps.flatten(1)).transpose(1, 2))
+
+
+class Sorted(nn.Module):
+    """A weight whose rows are sorted: there is no rule for that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body, self.head = nn.Linear(3, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(F.linear(torch.relu(self.stem(x)), self.body.weight.sort(0).values)))
+
+
+def test_a_size_that_is_read_off_a_computed_weight_does_not_keep_it_narrow() -> None:
+    model = randomise(Sized().double()).eval()
+    teacher = reparam.expand(model, 2, example_input=sample((2, 3, 7)))
+    assert [layer.wide_shape for layer in teacher.plan.layers if layer.name in ("depth.weight", "taps")] == [
+        (16, 16, 5),
+        (16, 1, 3),
+    ]
+    assert teacher.plan.coverage == 1.0
+    with torch.no_grad():
+        for shape in [(1, 3, 9), (5, 3, 7)]:
+            assert error(model(sample(shape)), teacher(sample(shape))) <= 1e-12
+
+
+@pytest.mark.parametrize("build", [Sorted, Sized, UNet], ids=lambda c: c.__name__)
+def test_what_is_not_widened_has_a_reason(build: Any) -> None:
+    x = {Sorted: (2, 3), Sized: (2, 3, 7), UNet: (2, 3, 32, 32)}[build]
+    made = reparam.plan(build(), 2, example_input=torch.randn(x))
+    assert all(layer.widened or layer.reason for layer in made.layers)
+    assert all(row.reason for row in made.contractions)
 
 
 def test_dot(unet: Plan) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from reparam.passes.memory import Memory
 from reparam.passes.meta import Unknown
-from reparam.passes.modes import BranchOnTraining, require
+from reparam.passes.modes import BranchOnTraining, refuse, require
 from reparam.passes.proxies import HintProxy, source_line
 
 
@@ -55,7 +55,7 @@ class Answers(fx.Tracer):
     def to_bool(self, obj: fx.Proxy) -> bool:
         """Answer ``if value:``."""
         target = str(obj.node.target)
-        if obj.node.op == "get_attr" and target.rpartition(".")[2] == "training" and isinstance(obj, HintProxy):
+        if self._is_flag(obj) and isinstance(obj, HintProxy):
             return self._flag(target)
         answer = bool(self.concrete(obj))
         if self.fixed_training is not None:
@@ -63,6 +63,23 @@ class Answers(fx.Tracer):
             answer = self.forced[place] if place < len(self.forced) else answer
             self.decisions.append((source_line(), answer))
         return answer
+
+    def checked(self, obj: fx.Proxy, refused: bool) -> bool:
+        """Record that the code raises an error where ``obj`` is ``refused``; returns whether that could be done.
+
+        The example is not refused, so the code goes on, for every other size that is not refused as well. A leaf runs
+        its own code, which may catch the error: there it is a branch like others.
+        """
+        value = obj.node.meta.get("val")
+        known = isinstance(value, (bool, int, float)) and bool(value) is not refused
+        if not known or self._is_flag(obj) or self.fixed_training is not None:
+            return False
+        message = f"{source_line()}: the network refuses this input: its own code raises an error here"
+        self.create_proxy("call_function", refuse, (obj, not refused, message), {})
+        return True
+
+    def _is_flag(self, obj: fx.Proxy) -> bool:
+        return obj.node.op == "get_attr" and str(obj.node.target).rpartition(".")[2] == "training"
 
     def _flag(self, target: str) -> bool:
         """Answer a branch on a training flag."""

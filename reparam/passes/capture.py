@@ -31,6 +31,7 @@ class Capture:
         inputs: what a part is called with, on the meta device.
         parts: recorded modules inside leaves that have no graph, by path.
         memory: what recording found out.
+        batches: other numbers of samples whose recordings were joined with this one (``reparam.passes.joins``).
     """
 
     graph: fx.Graph
@@ -45,6 +46,7 @@ class Capture:
     inputs: Any = None
     parts: dict[str, Capture] = field(default_factory=dict)
     memory: Memory = field(default_factory=Memory)
+    batches: tuple[int, ...] = ()
 
     @property
     def modes(self) -> list[Capture]:
@@ -137,9 +139,14 @@ def _with_train_mode(
     capture.train = Capture(
         graph, capture.root, tracer.outputs, tracer.leaves, in_train_mode=True, specialised=capture.specialised
     )
+    mark_train(graph)
+    return capture
+
+
+def mark_train(graph: fx.Graph) -> None:
+    """Let the nodes of a train mode have names of their own."""
     for node in graph.nodes:
         node.meta.update(key=f"train:{node.name}", train=True)
-    return capture
 
 
 def key_of(node: fx.Node) -> str:

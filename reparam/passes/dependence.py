@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 from torch import Tensor, fx
 
 from reparam.ops.maps import Maps, ReplicaMap, clean
@@ -44,11 +45,25 @@ def placements(maps: Maps, value: Tensor, source: Tensor) -> Iterator[Maps]:
         offset = source.dim() - value.dim()
         candidates = sorted(range(source.dim()), key=lambda d: (d != dim, d != dim + offset, d))
         for candidate in candidates:
-            if candidate not in used and source.shape[candidate] == replica_map.size:
-                yield from place(k + 1, {**used, candidate: replica_map})
+            if candidate in used:
+                continue
+            for behind in (replica_map, _of_blocks(replica_map, source.shape[candidate])):
+                if behind is not None and source.shape[candidate] == behind.size:
+                    yield from place(k + 1, {**used, candidate: behind})
+                    break
         yield from place(k + 1, used)
 
     yield from place(0, {})
+
+
+def _of_blocks(replica_map: ReplicaMap, size: int) -> ReplicaMap | None:
+    """The map of the outer one of two dimensions that were flattened into one; None where that is narrow."""
+    inner, rest = divmod(replica_map.size, max(size, 1))
+    if rest or inner < 2 or len(replica_map) % inner:
+        return None
+    blocks = replica_map.index.reshape(-1, inner)
+    whole = bool((blocks == blocks[:, :1] + np.arange(inner)).all()) and not (blocks[:, 0] % inner).any()
+    return ReplicaMap(blocks[:, 0] // inner, size) if whole else None
 
 
 def ancestors(node: fx.Node, env: dict[fx.Node, Value]) -> list[fx.Node]:

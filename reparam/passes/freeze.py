@@ -106,12 +106,18 @@ def _layers(
         layer = state.layers.get(name)
         if layer is not None:
             wide = state.params[name].wide_shape if name in state.params else layer.shape
-            found.append(dataclasses.replace(layer, wide_shape=wide))
+            layer = dataclasses.replace(layer, wide_shape=wide)
+            if not (layer.widened or layer.reason):
+                layer = dataclasses.replace(layer, reason=_COMPUTED)
+            found.append(layer)
         elif _is_linear_weight(model, name):
             reason = ignored.get(name) or _unmet(capture, state, name)
             operator = type(model.get_submodule(name.rpartition(".")[0])).__name__
             found.append(LayerPlan(name, operator, "", module_shape, module_shape, False, False, reason, 0, 0))
     return found
+
+
+_COMPUTED = "what is computed from it, from parameters alone, keeps its width"
 
 
 def _is_linear_weight(model: nn.Module, name: str) -> bool:
@@ -126,7 +132,7 @@ def _unmet(capture: Capture, state: State, name: str) -> str:
         if name.startswith(path + "."):
             return f"inside {path}, which is kept as it is: {reason}"
     if any(node.op == "get_attr" and node.target == name for node in capture.nodes()):
-        return "what is computed from it, from parameters alone, keeps its width"
+        return _COMPUTED
     return "not used by this forward pass"
 
 

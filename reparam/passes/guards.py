@@ -22,24 +22,28 @@ def broken_guards(capture: Capture, inputs: Inputs) -> set[str]:
     A recording that holds for some batch sizes only would be of little use. That two batch sizes are equal may well
     be asked: it is so for every batch.
     """
+    return {path for other in other_batches(inputs) for path in broken_at(capture, resized(inputs, other))}
+
+
+def other_batches(inputs: Inputs) -> tuple[int, ...]:
+    """Return numbers of samples to try; none where the inputs have no common one."""
     batch = batch_of(inputs)
-    if batch is None:
-        return set()
-    return {path for other in (1, batch + 1, _LARGE) for path in _broken(capture, _resized(inputs, other))}
+    return () if batch is None else (1, batch + 1, _LARGE)
 
 
 _LARGE = 1009
 """A number of samples that no code is written for; on the meta device it costs nothing."""
 
 
-def _resized(inputs: Inputs, batch: int) -> Inputs:
-    resized: Inputs = pytree.tree_map(
+def resized(inputs: Inputs, batch: int) -> Inputs:
+    """Return the inputs with another number of samples."""
+    other: Inputs = pytree.tree_map(
         lambda v: v.new_empty((batch, *v.shape[1:])) if isinstance(v, Tensor) else v, inputs
     )
-    return resized
+    return other
 
 
-def _broken(capture: Capture, inputs: Inputs) -> set[str]:
+def broken_at(capture: Capture, inputs: Inputs) -> set[str]:
     """Return the specialised modules whose guards do not hold for these inputs."""
     args, kwargs = inputs
     values = [v for v in (*args, *kwargs.values()) if has_tensor(v)]
@@ -54,9 +58,14 @@ def _broken(capture: Capture, inputs: Inputs) -> set[str]:
                 env[node] = next(feeds)
             elif node in needed:
                 env[node] = _run(mode, node, env)
-            elif node in guards and any(env[n] != n.meta.get("val") for n in node.all_input_nodes):
+            elif node in guards and not _holds(node, env):
                 broken.add(node.meta["specialised"])
     return broken
+
+
+def _holds(guard: fx.Node, env: dict[fx.Node, Any]) -> bool:
+    value, expected, _message = fx.node.map_arg(guard.args, lambda n: env[n])
+    return bool(value == expected)
 
 
 def _behind(guards: list[fx.Node]) -> set[fx.Node]:

@@ -45,7 +45,8 @@ def keep_leaf(planner: Planner, node: fx.Node, args: Value, kwargs: Value) -> Va
 
 def is_opaque_function(node: fx.Node) -> bool:
     """Whether a node calls a Python function (one that ``fx.wrap`` or a library kept from being traced into)."""
-    return node.op == "call_function" and isinstance(node.target, FunctionType)
+    is_function = node.op == "call_function" and isinstance(node.target, FunctionType)
+    return is_function and not hasattr(node.target, "reparam_conditional")
 
 
 class _Body(nn.Module):

@@ -35,6 +35,11 @@ def choose(training: bool, in_train: Any, in_eval: Any) -> Any:
     return in_train if training else in_eval
 
 
+def pick(condition: bool, wanted: bool, first: Any, second: Any) -> Any:
+    """Return ``first`` where a condition is the wanted one, else ``second``."""
+    return first if bool(condition) is wanted else second
+
+
 def require(value: Any, expected: Any, message: str) -> None:
     """Stop where a value that decides the graph is another one.
 
@@ -43,6 +48,16 @@ def require(value: Any, expected: Any, message: str) -> None:
     """
     if value != expected:
         raise AssertionError(message)
+
+
+def refuse(value: Any, expected: Any, message: str) -> None:
+    """Stop where the student's code raises an error of its own.
+
+    Raises:
+        RuntimeError: it does.
+    """
+    if bool(value) is not expected:
+        raise RuntimeError(message)
 
 
 def require_mode(training: bool, mode: bool, path: str) -> None:

@@ -23,6 +23,7 @@ from reparam.passes.capture import Capture, trace
 from reparam.passes.example import Inputs
 from reparam.passes.functionalize import setitem
 from reparam.passes.guards import broken_guards
+from reparam.passes.joins import join_batches
 from reparam.passes.memory import Memory
 from reparam.passes.meta import describe, has_tensor
 from reparam.passes.modes import require
@@ -54,6 +55,7 @@ def record(
     """
     try:
         capture = trace(root, *inputs, specialised=specialised, memory=memory)
+        join_batches(capture, inputs)
     except CaptureError as error:
         capture = opaque_root(root, inputs, str(error))
         capture.memory = memory or Memory()
@@ -142,6 +144,7 @@ def _record_part(root: nn.Module, path: str, calls: list[Inputs], specialised: C
     inner = {name.removeprefix(path + ".") for name in specialised if name.startswith(path + ".") or ":" in name}
     try:
         part = trace(root.get_submodule(path), args, kwargs, specialised=inner)
+        join_batches(part, (args, kwargs))
     except CaptureError:
         return None
     if part.eval_only or broken_guards(part, (args, kwargs)) or any(_writes_inputs(m.graph) for m in part.modes):

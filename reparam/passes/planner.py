@@ -171,7 +171,8 @@ class Planner:
     def _by_rule(self, node: fx.Node, args: Value, kwargs: Value) -> Value:
         entry = find_rule(node.op, node.target)
         if entry is None:
-            raise Refuse("no rule for this operator")
+            once = hasattr(node.target, "reparam_conditional")
+            raise Refuse("it runs on one way of a branch on sizes only" if once else "no rule for this operator")
         call = Call(self, node, list(args), dict(kwargs), entry.signature)
         try:
             value = entry.function(call, *args, **kwargs)
@@ -367,6 +368,8 @@ class Planner:
         if not isinstance(self.state.env[node], Free):
             return self.state.env[node]
         loaned: dict[fx.Node, Value] = {}
+        # A size that is read off a computed weight does not decide that weight: its operator comes later.
+        is_number = source is None and not isinstance(node.meta["val"], Tensor)
         for current in ancestors(node, self.state.env):
             if not isinstance(self.state.env[current], Free):
                 continue
@@ -374,6 +377,8 @@ class Planner:
                 loaned[current] = self.state.env[current]
                 self.state.env[current] = self.assign(current, {})
             elif current.op != "get_attr":
+                if is_number:
+                    loaned[current] = self.state.env[current]
                 self.visit(current)
         value = self.state.env[node]
         self.state.env.update({n: v for n, v in loaned.items() if n is not node})

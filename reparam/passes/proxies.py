@@ -71,8 +71,12 @@ class HintProxy(fx.Proxy):
         return item in self.tracer.concrete(self)
 
     def __bool__(self) -> bool:
-        if _is_assert(sys._getframe(1)):
+        frame = sys._getframe(1)
+        if _is_assert(frame):
             return True
+        refused = _refused(frame.f_code, frame.f_lasti)
+        if refused is not None and self.tracer.checked(self, refused):
+            return not refused
         return bool(self.tracer.to_bool(self))
 
     def __setitem__(self, index: Any, new: Any) -> None:
@@ -167,6 +171,38 @@ def _asserts(code: CodeType, last: int) -> bool:
         name.startswith(("POP_JUMP", "JUMP_IF")) and "TRUE" in name and after in raises
         for name, after in itertools.pairwise(following)
     )
+
+
+@functools.lru_cache(maxsize=1024)
+def _refused(code: CodeType, last: int) -> bool | None:
+    """The answer to an ``if`` under which the code does nothing but raise an error; None where neither does."""
+    instructions = [i for i in dis.get_instructions(code) if i.opname not in ("CACHE", "NOT_TAKEN", "TO_BOOL")]
+    current = max((k for k, i in enumerate(instructions) if i.offset <= last), default=0)
+    for k in range(current, min(current + 2, len(instructions))):
+        name = instructions[k].opname
+        if name.startswith("POP_JUMP") and name.endswith(("IF_TRUE", "IF_FALSE")):
+            jumps = name.endswith("IF_TRUE")
+            target = next((n for n, i in enumerate(instructions) if i.offset == instructions[k].argval), None)
+            if target is not None and _raises(instructions[target:]):
+                return jumps
+            return not jumps if _raises(instructions[k + 1 :]) else None
+    return None
+
+
+def _raises(instructions: list[dis.Instruction]) -> bool:
+    """Whether code makes an error and raises it, with nothing else in between."""
+    for instruction in instructions:
+        if instruction.opname == "RAISE_VARARGS":
+            return True
+        if not instruction.opname.startswith(_MAKES_AN_ERROR):
+            return False
+    return False
+
+
+_MAKES_AN_ERROR = (
+    "LOAD_", "PUSH_NULL", "PRECALL", "CALL", "KW_NAMES", "FORMAT_", "CONVERT_", "BUILD_", "BINARY_", "SWAP", "COPY",
+    "EXTENDED_ARG", "RESUME", "NOP",
+)  # fmt: skip
 
 
 def source_line() -> str:

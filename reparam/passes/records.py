@@ -112,6 +112,10 @@ def record_layer(
         reasons = [planner.ignored[name]]
     earlier = planner.state.layers.get(name)
     counted = (earlier.multiply_adds, earlier.wide_multiply_adds) if earlier else (0, 0)
+    inputs = (inputs or outside) and (earlier is None or earlier.inputs)
+    outputs = (outputs or ends) and (earlier is None or earlier.outputs)
+    if earlier and not (inputs and outputs):
+        reasons = list(dict.fromkeys([*filter(None, earlier.reason.split("; ")), *reasons]))
     if earlier and node.meta.get("train"):
         multiply_adds = (0, 0)  # the eval mode of the same code has counted them
     planner.state.layers[name] = LayerPlan(
@@ -120,8 +124,8 @@ def record_layer(
         source=node.meta.get("source", ""),
         shape=tuple(weight.s.shape),
         wide_shape=tuple(weight.t.shape),
-        inputs=(inputs or outside) and (earlier is None or earlier.inputs),
-        outputs=(outputs or ends) and (earlier is None or earlier.outputs),
+        inputs=inputs,
+        outputs=outputs,
         reason="; ".join(reasons),
         multiply_adds=counted[0] + multiply_adds[0],
         wide_multiply_adds=counted[1] + multiply_adds[1],

@@ -26,7 +26,7 @@ from reparam.passes.functionalize import chunk, drop_unused, functionalize, refu
 from reparam.passes.intrinsics import intrinsics
 from reparam.passes.memory import Memory, remember, remembered, shapes_of, signature
 from reparam.passes.meta import Unknown, has_tensor, run_leaf_on_meta, run_on_meta
-from reparam.passes.modes import require, require_mode
+from reparam.passes.modes import refuse, require, require_mode
 from reparam.passes.proxies import HintProxy, nodes_of, proxies_have_types, source_line
 from reparam.passes.recorder import Recorder
 from reparam.passes.restore import refuse_assigned_buffers, restore, snapshot
@@ -217,7 +217,7 @@ class ModelTracer(Recorder):
         args, kwargs = plain(args), plain(kwargs)
         self._evaluating += 1
         try:
-            if node.target in (require, require_mode):
+            if node.target in (refuse, require, require_mode):
                 return None  # both modes are recorded, whatever mode the network is in
             if node.op == "get_attr":
                 return to_meta(operator.attrgetter(str(node.target))(self.root))

@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from reparam.passes.modes import require, require_mode
+from reparam.passes.modes import refuse, require, require_mode
 from reparam.passes.parts import HOST, bound
 from reparam.passes.restore import unchanged
 from reparam.passes.skeleton import canonical_names, first_floating_dtype, module_and_attribute
@@ -65,7 +65,7 @@ class World:
         target: Any = node.target
         if node.op == "output":
             return args[0]
-        if target in (require, require_mode):
+        if target in (refuse, require, require_mode):
             return None  # about the modes and sizes of a user, and dtypes that are wider here
         if node.op == "get_attr":
             return self._attribute(target)

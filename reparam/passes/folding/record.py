@@ -135,6 +135,10 @@ class _Tracer(ModelTracer):
         except Exception:  # an object that no graph can hold
             self.create_proxy("call_function", kind, fixed, {})
 
+    def checked(self, obj: fx.Proxy, refused: bool) -> bool:
+        """Errors of the network's own code are branches like others here: they stay in its code."""
+        return False
+
     def concrete(self, proxy: fx.Proxy) -> Any:
         """Answer with the example's value, guarded."""
         value = super().concrete(proxy)

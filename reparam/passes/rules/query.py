@@ -10,7 +10,7 @@ from collections import OrderedDict
 import torch
 
 from reparam.passes.call import Call
-from reparam.passes.modes import require
+from reparam.passes.modes import pick, refuse, require
 from reparam.passes.registry import rule
 from reparam.passes.rules.broadcast import narrow_numbers
 from reparam.passes.values import Free, Pair, Refuse, Value, join
@@ -86,7 +86,23 @@ def assertion(call: Call, condition: Value, message: Value = "") -> Value:
     return None
 
 
-@rule(require)
+@rule(pick)
+def picked(call: Call, condition: Value, wanted: Value, first: Value, second: Value) -> Value:
+    """One of two values, by a condition on sizes: both have to be alike."""
+    if isinstance(first, Free) or isinstance(second, Free):
+        first, second = call.demand("first", {}), call.demand("second", {})
+    if not (isinstance(first, Pair) and isinstance(second, Pair)):
+        call.narrow_int("first")
+        call.narrow_int("second")
+        return call.result()
+    # The value of the other way may be None when this runs, and no step could follow it: such values are narrow.
+    if first.maps != second.maps:
+        for name in ("first", "second"):
+            call.narrow(name, None, "the other way of a branch on a size gives it another layout")
+    return call.result(dict(call.pair("first").maps))
+
+
+@rule(require, refuse)
 def required(call: Call, value: Value, expected: Value, message: Value) -> Value:
     """A guard is about the student's sizes."""
     call.narrow_int("value")

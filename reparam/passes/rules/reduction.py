@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -257,3 +258,43 @@ def cosine_similarity(call: Call, x1: Value, x2: Value, dim: Value = 1, eps: Val
             raise Refuse("a product over unequally many replicas")
         call.set("eps", eps * float(phi.uniform) ** 0.5)
     return call.result({d - (d > axis): m for d, m in maps.items()})
+
+
+@rule(F.pairwise_distance, torch.pairwise_distance)
+def pairwise_distance(
+    call: Call, x1: Value, x2: Value, p: Value = 2.0, eps: Value = 1e-6, keepdim: Value = False
+) -> Value:
+    """p-norm of a difference along the last dimension: over r replicas r**(1/p) times the student's."""
+    maps = agree(call, [At(call.path("x1")), At(call.path("x2"))])
+    rank = call.s.dim() + (not keepdim)
+    phi = maps.pop(rank - 1, None)
+    if phi is not None and phi.uniform is None:
+        raise Refuse("a distance over unequally many replicas")
+    power = _norm_power(p)
+    value = call.result(lambda _s, _t: maps)
+    if phi is not None and phi.uniform is not None and power:
+        call.scale_out(Scale((float(phi.uniform) ** -power,)))
+    return value
+
+
+@rule(F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
+def difference(
+    call: Call, input: Value, target: Value, *args: Value, reduction: Value = "mean", **kwargs: Value
+) -> Value:
+    """Losses of single elements: their mean does not see replicas, their sum counts them."""
+    tensors = any(isinstance(v, (Pair, Free)) for v in kwargs.values())
+    if args or tensors or any(kwargs.get(name) is not None for name in _OLD_REDUCTIONS):
+        raise Refuse("an elementwise loss with weights, or a reduction in the old form")
+    maps = agree(call, [At(call.path("input")), At(call.path("target"))])
+    if reduction == "none":
+        return call.result(dict(maps))
+    if any(phi.uniform is None for phi in maps.values()):
+        raise Refuse("a loss over unequally many replicas")
+    value = call.result()
+    ratio = math.prod(phi.uniform or 1 for phi in maps.values())
+    if reduction == "sum" and ratio > 1:
+        call.scale_out(Scale((1.0 / ratio,)))
+    return value
+
+
+_OLD_REDUCTIONS = ("size_average", "reduce")
