@@ -19,7 +19,7 @@ from reparam.bench.timing import Job, kept, nbytes, states
 from reparam.distill.config import TrainConfig
 from reparam.distill.data import Facts
 from reparam.distill.distributed import Group, resolve_device
-from reparam.distill.engine import Engine, autocast, tf32
+from reparam.distill.engine import Engine, autocast
 from reparam.distill.meter import Meter
 from reparam.distill.methods.base import Batch
 from reparam.distill.networks import make_networks
@@ -28,6 +28,7 @@ from reparam.distill.runs import assemble
 from reparam.distill.statics import StaticTeacher
 from reparam.distill.students import build, check_fit
 from reparam.errors import InputError
+from reparam.passes.tf32 import tf32
 
 
 @dataclass(frozen=True)
