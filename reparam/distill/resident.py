@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from reparam.distill.config import TrainConfig
 from reparam.distill.data import Arrays, Facts
 from reparam.distill.methods.base import Batch
-from reparam.distill.mixing import Erasing, make_mixing, on_device
+from reparam.distill.mixing import Erasing, make_mixing
 from reparam.distill.sampling import WHOLE, Shard, make_positions
+from reparam.distill.transfer import on_device
 
 
 class ResidentLoader:

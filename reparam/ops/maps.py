@@ -147,6 +147,17 @@ class ReplicaMap:
             return None
         return slice(int(self.first[0]), int(self.first[-1]) + 1, step)
 
+    @cached_property
+    def blocks(self) -> tuple[int, int] | None:
+        """``(step, length)`` where the first replicas are the first ``length`` of each ``step`` indices, else None."""
+        gaps = np.flatnonzero(np.diff(self.first) != 1)
+        length = int(gaps[0]) + 1 if len(gaps) else self.size
+        if not length or self.size % length or len(self) % (self.size // length):
+            return None
+        step = len(self) * length // self.size
+        starts = np.arange(self.size // length)[:, None] * step
+        return (step, length) if np.array_equal(self.first, (starts + np.arange(length)).reshape(-1)) else None
+
     def outputs(self, multiplier: int) -> ReplicaMap:
         """Return the output map of a depthwise operator that gives each channel ``multiplier`` outputs."""
         index = (self.index[:, None] * multiplier + np.arange(multiplier)).reshape(-1)

@@ -123,9 +123,13 @@ class ParamMap:
                 factor *= divisor
             else:
                 gradient = gradient * divisor
-        for dim, replica_map in self.maps.items():
+        for dim, replica_map in sorted(self.maps.items(), reverse=True):  # from behind: a block is one dimension more
             if replica_map.slice is not None:
                 into = first_replicas(into, dim, replica_map)
+            elif replica_map.blocks is not None:
+                step, length = replica_map.blocks
+                into = into.unflatten(dim, (-1, step)).narrow(dim + 1, 0, length)
+                gradient = gradient.unflatten(dim, (-1, length))
             else:
                 first = torch.tensor(replica_map.first, device=gradient.device)
                 shape = [*gradient.shape[:dim], len(replica_map), *gradient.shape[dim + 1 :]]
@@ -237,6 +241,9 @@ def first_replicas(value: Tensor, dim: int, replica_map: ReplicaMap) -> Tensor:
     """Take the first replica of each student index along ``dim``; a view where the layout allows."""
     if replica_map.slice is not None:
         return value[(slice(None),) * dim + (replica_map.slice,)]
+    if replica_map.blocks is not None:  # without an index, which a step would have to bring to a GPU and wait for
+        step, length = replica_map.blocks
+        return value.unflatten(dim, (-1, step)).narrow(dim + 1, 0, length).flatten(dim, dim + 1)
     return value.index_select(dim, torch.tensor(replica_map.first, device=value.device))
 
 
