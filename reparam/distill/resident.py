@@ -34,8 +34,8 @@ class ResidentLoader:
         self._y_train, self._y_test = source.y_train.to(device), source.y_test.to(device)
         self.labels = source.y_train.cpu()
         self.steps, self.batch_size = self._positions.steps, self._positions.batch
-        mean, std = _statistics(self._x_train)
-        self._mean, self._std = (value.view(1, -1, 1, 1) for value in (mean, std))
+        mean, std = _statistics(resized[0])  # where the data came from: not every device has float64
+        self._mean, self._std = (value.view(1, -1, 1, 1).to(device) for value in (mean, std))
         channels, height, width = self._x_train.shape[1:]
         self.facts = Facts(
             name=source.name,
