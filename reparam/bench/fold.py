@@ -22,10 +22,10 @@ from torch.overrides import TorchFunctionMode
 from reparam.bench import records
 from reparam.bench.subjects import device_of
 from reparam.bench.timing import Job, interleaved, ratio, spread
-from reparam.distill.engine import tf32
 from reparam.distill.runs import threads_restored
 from reparam.models import load_model
 from reparam.passes.fold import fold, fold_with_report
+from reparam.passes.tf32 import tf32
 
 MODELS = """
 repvgg_a0 mobileone_s0 fastvit_t8 repvit_m1 repghostnet_050 ghostnetv3_050 levit_128s efficientvit_m0 shvit_s1

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from reparam.errors import InputError
+from reparam.passes.tf32 import uses_tf32
 from reparam.provenance import provenance
 
 _CHECKOUT = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -55,11 +56,7 @@ def origin(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         **provenance(command(options), device),
         "device_type": device.type,
         "threads": torch.get_num_threads(),
-        "tf32": {
-            "matmul": torch.backends.cuda.matmul.allow_tf32,
-            "cudnn": torch.backends.cudnn.allow_tf32,
-            "used": device.type == "cuda",
-        },
+        "tf32": {**uses_tf32(), "used": device.type == "cuda"},
         "cudnn_benchmark": torch.backends.cudnn.benchmark,
     }
 

@@ -26,8 +26,9 @@ from reparam.bench import records
 from reparam.bench.subjects import EngineStep, device_of, setting
 from reparam.bench.timing import interleaved, spread
 from reparam.distill.distributed import joined
-from reparam.distill.engine import precision, tf32
+from reparam.distill.engine import precision
 from reparam.errors import InputError, ReparamError
+from reparam.passes.tf32 import tf32
 
 METHODS = {"baseline": "plain student", "gpd": "GPD"}
 """Methods that are measured, and what the JSON calls them."""

@@ -186,6 +186,9 @@ def measured(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
     ceiling = costs.limits(device, options.precision)
     steps = _recorded(bench.steps) if options.cuda_graph else bench.steps
     times = interleaved(steps, options.runs, calls=calls, device=device)
+    if options.cuda_graph:
+        for found in times.values():
+            found.peak = None
     rows = {}
     for name, found in times.items():
         ideal = times[IDEAL]
@@ -201,11 +204,18 @@ def measured(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
     return {
         "calls": calls,
         "ceiling": {**ceiling, "bytes_moved": costs.HOW_BYTES_ARE_COUNTED},
-        "peak_memory": "what a job keeps plus what it needs beyond that" if device.type == "cuda" else
-        "null: on a CPU one process cannot tell the memory of one job from that of the others",
+        "peak_memory": _about_memory(device, options.cuda_graph),
         "steps": rows,
         "parts": {} if options.no_parts else _parts(bench, options, calls),
     }  # fmt: skip
+
+
+def _about_memory(device: torch.device, recorded: bool) -> str:
+    if device.type != "cuda":
+        return "null: on a CPU one process cannot tell the memory of one job from that of the others"
+    if recorded:
+        return "null: a CUDA graph has memory of its own, of which the allocator counts what it keeps alone"
+    return "what a job keeps plus what it needs beyond that"
 
 
 def timed(found: Measured, ideal: Measured, images: int) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from reparam.bench.timing import Job, kept, nbytes, states
 from reparam.distill.config import TrainConfig
 from reparam.distill.data import Facts
 from reparam.distill.distributed import Group, resolve_device
-from reparam.distill.engine import Engine, autocast, tf32
+from reparam.distill.engine import Engine, autocast
 from reparam.distill.meter import Meter
 from reparam.distill.methods.base import Batch
 from reparam.distill.networks import make_networks
@@ -28,6 +28,7 @@ from reparam.distill.runs import assemble
 from reparam.distill.statics import StaticTeacher
 from reparam.distill.students import build, check_fit
 from reparam.errors import InputError
+from reparam.passes.tf32 import tf32
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,14 @@ class Setting:
         batch: random images and labels on the device.
         facts: what a loader would say about them.
         group: the processes; one, but where several are measured.
+        recorded: whether steps are recorded as CUDA graphs.
     """
 
     config: TrainConfig
     batch: Batch
     facts: Facts
     group: Group
+    recorded: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -73,9 +76,16 @@ class Setting:
             return network
         return network.to(memory_format=torch.channels_last)
 
+    def prepared(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """Let an optimizer step while a CUDA graph is recorded, where it asks to be told (AdamW does)."""
+        for group in optimizer.param_groups if self.recorded else ():
+            if "capturable" in group:
+                group["capturable"] = True
+        return optimizer
+
 
 def device_of(name: str) -> torch.device:
-    """Return a device that measurements are made for.
+    """Return a device that measurements are made for; a GPU becomes the current one, which torch's clocks are about.
 
     Raises:
         InputError: it is not there, or neither a CPU nor a CUDA GPU.
@@ -83,6 +93,8 @@ def device_of(name: str) -> torch.device:
     device = resolve_device(name)
     if device.type not in ("cpu", "cuda"):
         raise InputError(f"--device {name}: measurements are timed on cpu and cuda only")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
     return device
 
 
@@ -111,7 +123,7 @@ def setting(options: argparse.Namespace, group: Group) -> Setting:
     batch = Batch(images, labels, None, torch.arange(count, device=group.device))
     half = (0.5,) * options.channels
     facts = Facts("random images", options.classes, options.batch, options.batch, shape, half, half, 0, False)
-    return Setting(config, batch, facts, group)
+    return Setting(config, batch, facts, group, getattr(options, "cuda_graph", False))
 
 
 class PlainStep:
@@ -125,7 +137,7 @@ class PlainStep:
     def __init__(self, network: nn.Module, where: Setting) -> None:
         self.network, self.where = where.placed(network), where
         self._call: Callable[..., Any] = torch.compile(network) if where.config.compile else network
-        self.optimizer = make_optimizer(network, where.config)
+        self.optimizer = where.prepared(make_optimizer(network, where.config))
         self._scaler = torch.amp.GradScaler(where.device.type, enabled=where.config.precision == "fp16")
         self._trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
 
@@ -187,6 +199,7 @@ class EngineStep:
         labels, example = where.batch.labels, where.batch.images[:2]
         networks = make_networks(student, example, config)
         self.engine: Engine = assemble(config, networks, statics, example, labels, 1000, where.group)
+        where.prepared(self.engine.optimizer)
         self.where, self._steps = where, 0
         self.engine.learners.train()
         self._meter = Meter(self.engine.learners.names, where.group)

@@ -23,9 +23,9 @@ from reparam.bench.growth import growth
 from reparam.bench.imports import imports
 from reparam.bench.subjects import device_of
 from reparam.bench.timing import Job, interleaved, ratio, spread
-from reparam.distill.engine import tf32
 from reparam.distill.runs import threads_restored
 from reparam.models import load_model
+from reparam.passes.tf32 import tf32
 
 MODELS = ("resnet18", "resnet50", "vit_small_patch16_224")
 YARDSTICK = "yardstick: deepcopy and trace"

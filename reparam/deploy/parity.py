@@ -15,7 +15,9 @@ from torch.utils import _pytree as pytree
 from reparam.deploy.formats import FORMATS, Opened, outputs_in, reason_of, tensors_in
 from reparam.errors import ModelError
 from reparam.passes.example import Inputs, batch_of
+from reparam.passes.seeds import generators_kept, seed
 from reparam.passes.skeleton import first_floating_dtype
+from reparam.passes.tf32 import tf32
 from reparam.passes.torch_modules import without_fast_paths
 
 Pair = tuple[Tensor, Tensor]
@@ -105,9 +107,9 @@ def compared(model: nn.Module, file: Path, name: str, inputs: Inputs, target: Pa
 @contextmanager
 def seeded(model: nn.Module) -> Iterator[None]:
     """Draw the same numbers in every call, and leave the state of the generators alone."""
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(0)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    with generators_kept(device):
+        seed(0, device)
         yield
 
 
@@ -136,7 +138,7 @@ def _runs(model: nn.Module, inputs: Inputs, free: bool, target: Path) -> list[Ru
     runs: list[Run] = []
     for sample in samples:
         try:
-            with torch.no_grad(), without_fast_paths(), _no_tf32():
+            with torch.no_grad(), without_fast_paths(), tf32(False):
                 runs.append((sample, outputs_in(model(*sample[0], **sample[1]))))
         except Exception as error:
             if not runs:
@@ -151,7 +153,7 @@ def _pairs(runs: Sequence[Run], opened: Opened, target: Path) -> list[Pair]:
     pairs: list[Pair] = []
     for inputs, ours in runs:
         try:
-            with torch.no_grad(), _no_tf32():
+            with torch.no_grad(), tf32(False):
                 theirs = opened.run(inputs)
         except Exception as error:
             reason = reason_of(error)
@@ -188,17 +190,6 @@ def _agreement(pairs: Sequence[Pair]) -> float:
     both = [(a.detach().cpu().double(), b.detach().cpu().double()) for a, b in pairs if a.dim() > 1 and a.numel()]
     same = torch.cat([(a.argmax(1) == b.argmax(1)).flatten() for a, b in both] or [torch.ones(1, dtype=torch.bool)])
     return float(same.double().mean())
-
-
-@contextmanager
-def _no_tf32() -> Iterator[None]:
-    """Exact float32 on GPUs: cuDNN allows TF32 by default."""
-    allowed = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = allowed
 
 
 def _joined(sizes: Sequence[int]) -> str:

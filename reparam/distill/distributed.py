@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,12 +95,13 @@ def joined(device_name: str) -> Iterator[Group]:
     if world == 1 or dist.is_initialized():
         rank = dist.get_rank() if dist.is_initialized() else 0
         world = dist.get_world_size() if dist.is_initialized() else 1
-        yield Group(rank, int(os.environ.get("LOCAL_RANK", "0")), world, _local(device_name, world))
+        device = _local(device_name, world)
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            yield Group(rank, int(os.environ.get("LOCAL_RANK", "0")), world, device)
         return
     device = _local(device_name, world)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    on_cuda = device.type == "cuda"
+    dist.init_process_group("nccl" if on_cuda else "gloo", device_id=device if on_cuda else None)
     try:
         yield Group(dist.get_rank(), int(os.environ.get("LOCAL_RANK", "0")), world, device)
     except RuntimeError as error:  # gloo has no class of its own
@@ -133,10 +134,12 @@ def resolve_device(name: str) -> torch.device:
 
 
 def _local(name: str, world: int) -> torch.device:
+    local, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if world > 1 and name in ("auto", "cuda") and local < there:
+        torch.cuda.set_device(local)  # first of all: who touches another GPU takes memory there until it ends
     device = resolve_device(name)
     if device.type != "cuda" or world == 1:
         return device
-    local, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if device.index is not None:
         raise InputError(f"--device {name} names one GPU for {world} processes; say --device cuda, each takes its own")
     if local >= there:

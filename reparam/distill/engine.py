@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from reparam.distill.methods.base import Batch, Outputs
 from reparam.distill.networks import Learners, Networks, parts
 from reparam.distill.optim import load_state
 from reparam.distill.statics import StaticTeacher
+from reparam.passes.tf32 import tf32
 from reparam.passes.view import StudentView
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -216,14 +217,3 @@ def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManage
 def precision(config: TrainConfig) -> AbstractContextManager[None]:
     """The context in which float32 products use TF32 exactly if the settings say so."""
     return tf32(config.precision in ("tf32", "bf16", "fp16"))
-
-
-@contextmanager
-def tf32(wanted: bool) -> Iterator[None]:
-    """Inside this context float32 products use TF32, or do not; torch's default is that convolutions do."""
-    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = wanted
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn

@@ -136,8 +136,9 @@ class _Tally:
         hits = best == labels[:, None]
         agreed = torch.zeros((), device=logits.device)
         if reference is not None:
-            difference = (logits.double() - reference.double()).abs().max()
-            self._differences.append(torch.stack([difference, reference.double().abs().max()]))
+            kind = torch.float32 if logits.device.type == "mps" else torch.float64  # MPS has no other
+            wanted = reference.to(kind)
+            self._differences.append(torch.stack([(logits.to(kind) - wanted).abs().max(), wanted.abs().max()]))
             agreed = (logits.argmax(dim=1) == reference.argmax(dim=1)).sum()
         count = torch.tensor(len(labels), device=logits.device)
         found = torch.stack([hits[:, 0].sum(), hits.sum(), agreed.long(), count])

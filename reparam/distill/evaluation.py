@@ -19,7 +19,6 @@ from reparam.distill.config import TrainConfig
 from reparam.distill.config import options as settings
 from reparam.distill.data import load_source
 from reparam.distill.distributed import resolve_device
-from reparam.distill.engine import tf32
 from reparam.distill.evaluate import Entry
 from reparam.distill.figures import draw_tsne
 from reparam.distill.finish import EMA, EXTRACTED, TEACHER, entries_of
@@ -29,6 +28,7 @@ from reparam.distill.statics import load_static_teachers, renormalisation
 from reparam.distill.students import build, check_fit, grown
 from reparam.errors import FormatError, InputError, ReparamError
 from reparam.models import load_weights
+from reparam.passes.tf32 import tf32
 from reparam.provenance import provenance
 
 TSNE_IMAGES, TSNE_CLASSES = 2000, 10

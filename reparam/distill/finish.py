@@ -14,12 +14,13 @@ from torch import Tensor, nn
 import reparam
 from reparam.distill import evaluate, files
 from reparam.distill.config import TrainConfig
-from reparam.distill.engine import Engine, tf32
+from reparam.distill.engine import Engine
 from reparam.distill.evaluate import Entry, Row
 from reparam.distill.files import RunFolder
 from reparam.distill.loaders import Loader
 from reparam.distill.networks import Networks
 from reparam.errors import ReparamError
+from reparam.passes.tf32 import tf32
 from reparam.provenance import LIBRARIES, versions
 
 AS_TRAINED, EXTRACTED, FOLDED, TEACHER = "student as trained", "student extracted", "student folded", "teacher"

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from reparam.distill.config import TrainConfig
 from reparam.distill.sampling import generators_kept, seed_cpu
+from reparam.distill.transfer import on_device
 from reparam.errors import InputError
 
 
@@ -85,10 +86,3 @@ class Erasing:
                 self._erase(image)
         noise = on_device(noise, images.device)  # one transfer per batch, instead of one per rectangle
         return torch.where(noise.isnan(), images, noise)
-
-
-def on_device(values: Tensor, device: torch.device) -> Tensor:
-    """Copy to the device without waiting for the work that is queued there."""
-    if device.type != "cuda" or values.device.type != "cpu":
-        return values.to(device)
-    return values.pin_memory().to(device, non_blocking=True)

@@ -45,7 +45,8 @@ def make_optimizer(
     # One kernel for all parameters of a group. Not with fp16: where the first step of all overflows, fused SGD keeps a
     # momentum that was never written (torch 2.14).
     parameters = [p for group in groups for p in group["params"]]
-    options["fused"] = config.precision != "fp16" and all(map(_fusable, parameters))
+    if config.precision != "fp16" and all(map(_fusable, parameters)):
+        options["fused"] = True  # where it is False torch does not choose its second best, but a loop over parameters
     made: torch.optim.Optimizer = create_optimizer_v2(
         groups, opt=name, lr=config.lr, weight_decay=config.weight_decay or 0.0, **options
     )
@@ -65,7 +66,7 @@ def _start(optimizer: torch.optim.Optimizer) -> None:
         return
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            if group["fused"] and optimizer.state[parameter].get("momentum_buffer") is None:
+            if group.get("fused") and optimizer.state[parameter].get("momentum_buffer") is None:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from reparam.distill.config import TrainConfig
 from reparam.distill.data import Arrays, Facts
 from reparam.distill.methods.base import Batch
-from reparam.distill.mixing import Erasing, make_mixing, on_device
+from reparam.distill.mixing import Erasing, make_mixing
 from reparam.distill.sampling import WHOLE, Shard, make_positions
+from reparam.distill.transfer import on_device
 
 
 class ResidentLoader:
@@ -33,8 +34,8 @@ class ResidentLoader:
         self._y_train, self._y_test = source.y_train.to(device), source.y_test.to(device)
         self.labels = source.y_train.cpu()
         self.steps, self.batch_size = self._positions.steps, self._positions.batch
-        mean, std = _statistics(self._x_train)
-        self._mean, self._std = (value.view(1, -1, 1, 1) for value in (mean, std))
+        mean, std = _statistics(resized[0])  # where the data came from: not every device has float64
+        self._mean, self._std = (value.view(1, -1, 1, 1).to(device) for value in (mean, std))
         channels, height, width = self._x_train.shape[1:]
         self.facts = Facts(
             name=source.name,

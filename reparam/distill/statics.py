@@ -67,7 +67,8 @@ def renormalisation(found: Normalisation, wanted: Normalisation, device: torch.d
     mean, std, own_mean, own_std = (
         torch.tensor(value, dtype=torch.float64).view(1, -1, 1, 1) for value in (*found, *wanted)
     )
-    scale, shift = (std / own_std).to(device), ((mean - own_mean) / own_std).to(device)
+    kind = torch.float32 if device.type == "mps" else torch.float64  # MPS has no other
+    scale, shift = (std / own_std).to(device, kind), ((mean - own_mean) / own_std).to(device, kind)
     return lambda images: images * scale.to(images.dtype) + shift.to(images.dtype)
 
 

@@ -22,6 +22,7 @@ from reparam.passes.capture import Capture
 from reparam.passes.layers import matching
 from reparam.passes.plan import Plan
 from reparam.passes.rows import BranchPlan
+from reparam.passes.seeds import generators_kept
 from reparam.passes.sites import Operator, find_operators
 from reparam.passes.skeleton import canonical_names
 
@@ -225,7 +226,7 @@ def check_starts(model: nn.Module, plan: Plan) -> None:
         weight = model.get_parameter(branch.site.name).detach()
         if weight.device.type == "meta":
             continue
-        with torch.random.fork_rng([weight.device] if weight.device.type == "cuda" else []), torch.no_grad():
+        with generators_kept(weight.device), torch.no_grad():
             check_start(branch.recipe.expression(branch.site), branch.site, weight, str(branch.recipe))
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +13,10 @@ from torch.utils import _pytree as pytree
 
 from reparam.errors import InputError
 from reparam.passes.example import Inputs, example_for, normalise, random_like
+from reparam.passes.seeds import generators_kept, seed
 from reparam.passes.skeleton import first_floating_dtype, rebuild, skeleton_of
 from reparam.passes.teacher import Teacher
+from reparam.passes.tf32 import tf32
 from reparam.passes.torch_modules import without_fast_paths
 from reparam.passes.view import StudentView, extract
 
@@ -89,8 +89,8 @@ def check(a: nn.Module, b: nn.Module, example_input: Any = None, *, tolerance: f
     inputs = _shapes(a, example_input)
     dtype = first_floating_dtype(a) or torch.float32
     device = next((p.device for p in a.parameters()), torch.device("cpu"))
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), _no_tf32():
-        torch.manual_seed(0)
+    with generators_kept(device), tf32(False):
+        seed(0, device)
         real = random_like(inputs, device, torch.float64, None)
         wide = [_outputs(m, real, torch.float64) for m in (a, b)]
         native = [_outputs(m, real, dtype) for m in (a, b)]
@@ -180,14 +180,3 @@ def _differences(a: list[Tensor], b: list[Tensor]) -> tuple[float, float, float]
 def _agreement(a: list[Tensor], b: list[Tensor]) -> float:
     shares = [float((x.argmax(1) == y.argmax(1)).double().mean()) for x, y in zip(a, b, strict=True) if x.dim() > 1]
     return min(shares, default=1.0)
-
-
-@contextlib.contextmanager
-def _no_tf32() -> Iterator[None]:
-    """Exact float32 on GPUs: cuDNN allows TF32 by default."""
-    cudnn, matmul = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = cudnn, matmul

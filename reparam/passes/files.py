@@ -18,6 +18,7 @@ from reparam.passes.example import inputs_from_json
 from reparam.passes.freeze import fingerprint
 from reparam.passes.parts import record
 from reparam.passes.plan import Plan
+from reparam.passes.seeds import generators_kept
 from reparam.passes.skeleton import first_floating_dtype, skeleton_of
 from reparam.passes.teacher import Teacher, require_teacher
 from reparam.passes.validate import check_model
@@ -84,7 +85,7 @@ def load(path: str | os.PathLike[str], student: nn.Module) -> Teacher:
     device = next(student.parameters()).device
     try:
         check_fits(capture, plan)
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with generators_kept(device):
             teacher = build_teacher(student, capture, plan, 0.0)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise FormatError(f"{path}: the plan does not fit the given student: {error}") from error

@@ -25,7 +25,9 @@ from reparam.passes.capture import Capture, key_of
 from reparam.passes.example import Inputs
 from reparam.passes.meta import has_tensor
 from reparam.passes.plan import Plan
+from reparam.passes.seeds import generators_kept, seed
 from reparam.passes.skeleton import canonical_names, named_tensors
+from reparam.passes.tf32 import tf32
 from reparam.passes.torch_modules import without_fast_paths
 from reparam.passes.trial import Trial
 from reparam.passes.values import walk
@@ -83,7 +85,6 @@ def verify(model: nn.Module, capture: Capture, rewritten: Rewritten, plan: Plan,
         student.tensors, tensors = trial.student, trial.teacher
     teacher = World(rewritten.graph, capture.root, tensors, rewritten.steps, plan.attributes, rewritten.parts)
     partner = {new: old for old, new in rewritten.nodes.items()}
-    leaves = [v for v in pytree.tree_leaves(inputs) if isinstance(v, Tensor)]
     placeholders = [n for n in capture.graph.nodes if n.op == "placeholder"]
     values = iter([v for v in [*inputs[0], *inputs[1].values()] if has_tensor(v)])
     feeds = {node.name: next(values) for node in placeholders}
@@ -92,18 +93,16 @@ def verify(model: nn.Module, capture: Capture, rewritten: Rewritten, plan: Plan,
     unsteady: set[fx.Node] = set()
     single: set[fx.Node] = set()
     recorded: Any = None
-    devices = [leaves[0].device] if leaves and leaves[0].device.type == "cuda" else []
-    # torch.manual_seed takes a traceback for each kind of device that is not in use.
-    seed = torch.manual_seed if any(v.device.type != "cpu" for v in leaves) else torch.default_generator.manual_seed
-    with torch.no_grad(), torch.random.fork_rng(devices), in_double():
+    device = _device(inputs)
+    with torch.no_grad(), generators_kept(device), in_double(), tf32(False):  # what runs in single precision
         for node in rewritten.graph.nodes:
-            seed(0)
+            seed(0, device)
             teacher.run(node, feeds)
             old = partner.get(node)
             if old is not None and old.op == "get_attr":
                 student.run(old, feeds)  # a weight alone obeys its parameter map, not the invariant
             elif old is not None:
-                seed(0)
+                seed(0, device)
                 student.run(old, feeds)
                 if teacher.single or student.single or single & set(old.all_input_nodes):
                     single.add(old)
@@ -112,7 +111,7 @@ def verify(model: nn.Module, capture: Capture, rewritten: Rewritten, plan: Plan,
                     limit = SINGLE if old in single else TOLERANCE
                     found = _compare(old, student.env[old], teacher.env[node], plan, given, limit)
                 except VerificationError:
-                    if not (_unsteady(student, old) or unsteady & set(old.all_input_nodes)):
+                    if not (_unsteady(student, old, device) or unsteady & set(old.all_input_nodes)):
                         raise
                     unsteady.add(old)
                     found = worst
@@ -126,7 +125,12 @@ def verify(model: nn.Module, capture: Capture, rewritten: Rewritten, plan: Plan,
     return worst
 
 
-def _unsteady(student: World, node: fx.Node) -> bool:
+def _device(inputs: Inputs) -> torch.device:
+    """Where both worlds run."""
+    return next((v.device for v in pytree.tree_leaves(inputs) if isinstance(v, Tensor)), torch.device("cpu"))
+
+
+def _unsteady(student: World, node: fx.Node, device: torch.device) -> bool:
     """Whether code without a graph makes decisions that rounding turns over: which boxes a detector keeps.
 
     Its parts have been compared at every node. It is asked again with weights and inputs that differ by rounding.
@@ -135,8 +139,8 @@ def _unsteady(student: World, node: fx.Node) -> bool:
         return False
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: student.env[n])
     before, tensors = student.env[node], student.tensors
-    for seed in range(1, 4):
-        torch.manual_seed(seed)
+    for number in range(1, 4):
+        seed(number, device)
 
         def nudged(v: Any) -> Any:
             return v * (1 + 1e-15 * torch.randn_like(v)) if isinstance(v, Tensor) and v.is_floating_point() else v
@@ -172,14 +176,14 @@ def _compare_with_model(capture: Capture, world: World, recorded: Any, inputs: I
             )
 
 
-def _run_model(model: nn.Module, capture: Capture, world: World, inputs: Inputs, seed: int) -> list[Tensor] | None:
+def _run_model(model: nn.Module, capture: Capture, world: World, inputs: Inputs, number: int) -> list[Tensor] | None:
     """Run the model's own code with a world's tensors; None where it does not run in float64."""
     if capture.path:
         _drop_hooks(model)  # a part's own hooks stay with its module
     prefix = f"{capture.path}." if capture.path else ""
     tensors = {name: world.tensors(prefix + name) for name, first in canonical_names(model).items() if name == first}
     args, kwargs = pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, inputs)
-    torch.manual_seed(seed)
+    seed(number, _device(inputs))
     with eval_mode(model), without_fast_paths(), in_double():
         for name in {"", *capture.specialised}:
             if ":" not in name:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from reparam.distill.kdiffusion.options import Options
 from reparam.distill.kdiffusion.posterior import Diffusion
 from reparam.distill.losses.shared import as_map, check_floating, constant, promote
+from reparam.distill.transfer import on_device
 from reparam.errors import InputError
 
 
@@ -39,8 +40,10 @@ def permutation(
         return torch.arange(count, device=device)
     home = generator.device if generator is not None else torch.device("cpu")
     if options.shuffle == "iteration":
-        return torch.randperm(count, generator=generator, device=home).to(device)
-    return torch.rand(batch, count, generator=generator, device=home).argsort(dim=1).to(device)
+        order = torch.randperm(count, generator=generator, device=home)
+    else:
+        order = torch.rand(batch, count, generator=generator, device=home).argsort(dim=1)
+    return order if device is None else on_device(order, torch.device(device))
 
 
 @dataclass(frozen=True)
@@ -181,7 +184,7 @@ def chain(
     stacked = _stacked(features, x)
     _check_order(stacked, x, numbers, order)
     count, dtype = len(numbers), torch.promote_types(stacked.dtype, x.dtype)
-    whole, learned = (matrix.to(x.device, dtype) for matrix in _differences(numbers, options))
+    whole, learned = (on_device(matrix.to(dtype), x.device) for matrix in _differences(numbers, options))
     rank = order.reshape(-1, count).argsort(dim=1)  # the step of each feature: for all images, or for each
     y, constants = _rows(stacked.to(dtype), torch.stack([x, *_noises(x, options, generator)]).to(dtype), len(rank))
     with torch.autocast(x.device.type, enabled=False):

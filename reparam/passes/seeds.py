@@ -1,0 +1,32 @@
+"""Seeding for the time of a comparison, without a trace in the generators of the user.
+
+``torch.manual_seed`` seeds those of all devices, also of devices that are not in use yet: a student that is expanded
+on the CPU and then trained on a GPU would draw the same dropout with every seed of its user.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+_WITH_GENERATORS = ("cuda", "xpu")
+
+
+@contextlib.contextmanager
+def generators_kept(device: torch.device) -> Iterator[None]:
+    """Put torch's generators for the CPU and this device back to where they were."""
+    known = device.type in _WITH_GENERATORS
+    with torch.random.fork_rng([device] if known else [], device_type=device.type if known else "cuda"):
+        yield
+
+
+def seed(number: int, device: torch.device) -> None:
+    """Seed torch's generators for the CPU and this device, and no others."""
+    torch.default_generator.manual_seed(number)
+    if device.type in _WITH_GENERATORS:
+        module: Any = torch.get_device_module(device)
+        index = module.current_device() if device.index is None else device.index
+        module.default_generators[index].manual_seed(number)
