@@ -1,5 +1,6 @@
 """On a CUDA device: exactness, devices and dtypes, one training step. Skipped where there is none."""
 
+import argparse
 import copy
 
 import pytest
@@ -7,6 +8,8 @@ import timm
 import torch
 
 import reparam
+from reparam.bench import step, subjects
+from reparam.distill.distributed import Group
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -93,3 +96,34 @@ def test_merging_under_autocast_is_in_single_precision(student):
         merged = block(weight)
     assert merged.dtype == torch.float32
     torch.testing.assert_close(merged, block(weight), rtol=0, atol=0)
+
+
+def test_the_generators_are_left_alone(student):
+    example = torch.zeros(2, 3, 64, 64, device="cuda")
+    state = torch.cuda.get_rng_state()
+    teacher = reparam.expand(student, 2, branches="orepa", example_input=example)
+    reparam.check(student, reparam.extract(teacher), example)
+    assert torch.equal(torch.cuda.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("branches", [None, "orepa"])
+def test_a_step_waits_for_nothing_and_fits_a_graph(student, branches, optimizer):
+    options = argparse.Namespace(
+        model="", ratio=2, batch=8, optimizer=optimizer, clip_grad=1.0, precision="bf16", compile=False,
+        channels_last=True, channels=3, size=64, classes=10, cuda_graph=True,
+    )  # fmt: skip
+    where = subjects.setting(options, Group(0, 0, 1, torch.device("cuda")))
+    taken = subjects.EngineStep(where, student, "gpd", branches)
+    for _ in range(3):
+        taken()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        taken()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    weight = taken.engine.networks.owner.get_parameter("layer1.0.conv1.weight")
+    replay = step._graph("GPD", taken)
+    before = weight.detach().clone()
+    replay()
+    assert not torch.equal(weight, before) and bool(weight.isfinite().all())
