@@ -219,3 +219,52 @@ def test_autocast_of_the_device_of_an_input() -> None:
     teacher = reparam.expand(model, 2, example_input=x)
     with torch.no_grad():
         assert error(model(x), teacher(x)) < 1e-12
+
+
+class AsksAParameter(nn.Module):
+    """Tokens with positions, as networks that ask their first parameter for its device and dtype add them."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.tokens, self.positions, self.head = nn.Linear(6, 8), nn.Embedding(10, 8), nn.Linear(8, 3)
+        self.register_buffer("shift", torch.tensor([0.5]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = next(self.parameters())
+        h = self.tokens(x)
+        if self.way == "device":
+            h = h + self.positions(torch.arange(x.shape[1], device=first.device))
+        elif self.way == "constant":
+            h = h + self.positions(torch.arange(5, device=first.device))
+        elif self.way == "moved":
+            h = h.to(first.device) + torch.ones(8).to(first.device, first.dtype)
+        elif self.way == "compared" and x.device != first.device:
+            h = h.to(first.device)
+        elif self.way == "new":
+            h = h.type_as(first) + first.new_ones(8) * next(self.buffers())
+        elif self.way == "named":
+            h = h.to(dict(self.named_parameters())["tokens.weight"].device)
+        elif self.way == "summed":
+            h = h * (1 + sum(p.square().mean() for p in self.positions.parameters()))
+        return self.head(torch.tanh(h))
+
+
+WAYS = ("device", "constant", "moved", "compared", "new", "named", "summed")
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("inside", [False, True], ids=["root", "inside"])
+def test_a_network_asks_its_first_parameter(way: str, inside: bool) -> None:
+    torch.manual_seed(0)
+    model = AsksAParameter(way).double()
+    if inside:
+        model = nn.Sequential(nn.Linear(4, 6).double(), nn.Tanh(), model)
+    x = sample((2, 5, 4 if inside else 6))
+    teacher = reparam.expand(model, 2, example_input=x)
+    assert reparam.plan(model, 2, example_input=x).coverage == 1
+    many = torch.cat([x, 2 * x, -x])
+    with torch.no_grad():
+        for network in (teacher, reparam.student_view(teacher), reparam.extract(teacher)):
+            assert error(model(many), network(many)) <= 1e-14
+    assert teacher.float()(x.float()).dtype == torch.float32

@@ -12,6 +12,7 @@ Three things differ from ``torch.fx.symbolic_trace``:
 from __future__ import annotations
 
 import contextlib
+import functools
 import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -56,6 +57,34 @@ def _training_property() -> Iterator[None]:
         yield
     finally:
         del nn.Module.training
+
+
+@contextlib.contextmanager
+def _listed_tensors() -> Iterator[None]:
+    """While tracing, ``module.parameters()`` and ``buffers()`` yield graph values, as access by name does.
+
+    Networks ask the first one for its device and dtype (``next(self.parameters()).device``).
+    """
+    plain = {name: vars(nn.Module)[name] for name in ("parameters", "buffers")}
+    if any(hasattr(function, "__wrapped__") for function in plain.values()):
+        yield
+        return
+    for name, function in plain.items():
+        setattr(nn.Module, name, _as_values(function))
+    try:
+        yield
+    finally:
+        for name, function in plain.items():
+            setattr(nn.Module, name, function)
+
+
+def _as_values(function: Callable[..., Iterator[Tensor]]) -> Callable[..., Iterator[Any]]:
+    @functools.wraps(function)
+    def listed(self: nn.Module, recurse: bool = True) -> Iterator[Any]:
+        tracer = _TRACERS[-1]
+        return (tracer.getattr("", tensor, tracer._cache) for tensor in function(self, recurse))
+
+    return listed
 
 
 class ModelTracer(Recorder):
@@ -109,7 +138,10 @@ class ModelTracer(Recorder):
         states = [(module, snapshot(module)) for module in root.modules()]
         _TRACERS.append(self)
         try:
-            with _training_property(), proxies_have_types(), intrinsics(self._intrinsic, self._function):
+            patches = _training_property(), _listed_tensors(), proxies_have_types()
+            with contextlib.ExitStack() as stack:
+                for patch in (*patches, intrinsics(self._intrinsic, self._function)):
+                    stack.enter_context(patch)
                 graph = super().trace(root, concrete_args)
                 refuse_assigned_buffers(root)
         finally:
@@ -157,6 +189,12 @@ class ModelTracer(Recorder):
             return a.node
         if isinstance(a, nn.Parameter) and id(a) in self._names:
             return self.create_node("get_attr", self._names[id(a)], (), {})
+        if isinstance(a, torch.device) and a.type == "meta" and self._names:
+            # Read off a parameter that is no graph value: the graph asks for where it is then.
+            parameter = self.create_node("get_attr", next(iter(self._names.values())), (), {})
+            return self.create_node("call_function", getattr, (parameter, "device"), {})
+        if isinstance(a, Tensor) and a.is_meta and a not in self.tensor_attrs:
+            raise fx.proxy.TraceError(f"{source_line()}: a tensor was made from parameters that are not there yet")
         if type(a) is OrderedDict:
             pairs = [(key, value) for key, value in a.items()]
             return self.create_node("call_function", OrderedDict, (self.create_arg(pairs),), {})
