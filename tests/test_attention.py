@@ -34,7 +34,7 @@ COMMON = {
     "deadline": None, "print_blob": True, "database": None,
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
 }  # fmt: skip
-CI = settings(max_examples=int(os.environ.get("ATTENTION_NETWORKS", "15")), derandomize=True, **COMMON)
+CI = settings(max_examples=int(os.environ.get("ATTENTION_NETWORKS", "10")), derandomize=True, **COMMON)
 THOROUGH = settings(
     max_examples=int(os.environ.get("ATTENTION_NETWORKS", "500")), phases=(Phase.generate, Phase.shrink), **COMMON
 )

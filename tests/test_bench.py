@@ -317,7 +317,7 @@ def test_fold(tmp_path):
     assert row["reparam"]["float64_error"] < 1e-13 and row["reparam"]["time_ratio"]["median"] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_scale(net, tmp_path):
     assert main(["bench", "scale", "--model", f"{net}:build", *TINY, "--folder", str(tmp_path)]) == 0
     data = only_result(tmp_path)

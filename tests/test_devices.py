@@ -131,7 +131,7 @@ def test_adamw_is_told_of_cuda_graphs():
 @pytest.mark.parametrize("size, multiplier, ratio", [(3, 4, 2), (1, 2, 3), (4, 1, 2), (2, 3, 3)])
 def test_first_replicas_in_blocks(size, multiplier, ratio):
     replica_map = ReplicaMap.repeat(size, ratio).outputs(multiplier)
-    step_, length = replica_map.blocks
+    _, step_, length = replica_map.blocks
     assert (step_, length) == (multiplier * ratio, multiplier) or replica_map.slice is not None
     law = ParamMap((size * multiplier, 5, size * multiplier), {0: replica_map, 2: replica_map}, (2,))
     wide = torch.randn(law.wide_shape, dtype=torch.float64, requires_grad=True)

@@ -26,7 +26,7 @@ COMMON = settings(
     deadline=None, derandomize=True, database=None, print_blob=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )  # fmt: skip
-NUMBER = int(os.environ.get("RANDOM_KERNELS", "240"))
+NUMBER = int(os.environ.get("RANDOM_KERNELS", "150"))
 FEW, MANY = settings(COMMON, max_examples=NUMBER // 3), settings(COMMON, max_examples=NUMBER)
 
 

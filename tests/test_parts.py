@@ -639,7 +639,7 @@ def test_ssdlite() -> None:
     check_detector(detector("ssdlite320_mobilenet_v3_large", topk_candidates=20), 3.0, {"backbone"})
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_faster_rcnn() -> None:
     options = {"min_size": 64, "max_size": 96, "box_score_thresh": 0.0, "rpn_post_nms_top_n_test": 20}
     model = detector("fasterrcnn_mobilenet_v3_large_320_fpn", **options)

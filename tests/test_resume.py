@@ -581,7 +581,7 @@ def killed(tmp_path, seed, kills, epochs):
 @pytest.mark.slow
 def test_killed_again_and_again(tmp_path):
     """SIGKILL at random moments."""
-    killed(tmp_path, 1, 6, 25)
+    killed(tmp_path, 1, 4, 15)
 
 
 @pytest.mark.thorough
