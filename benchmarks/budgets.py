@@ -22,12 +22,16 @@ CUDA_MODELS = ("resnet18", "mobilenet_v1", "rvt_tiny")
 """Networks that the budgets of a GPU are for, at batch 256 and 224 px."""
 
 MISSED = {
-    ("surgery-models-import.json", "view of resnet18 over the plain student, train mode"),
     ("surgery-models-import.json", "view of resnet50 over the plain student, eval mode"),
+    ("surgery-models-import.json", "view of vit_small_patch16_224 over the plain student, eval mode"),
+    ("step-resnet18-r2-batch32-112-fp32-cpu.json", "time of GPD + orepa_small over the ideal"),
 }
-"""Results and figures that are over their budget, and known to be: narrowing costs 3% to 6% of a forward pass there.
+"""Results and figures that are over their budget, and known to be.
 
-Measured in two rounds on a noisy machine; a figure that comes to keep its budget has to leave this list.
+A call of a view is narrowing and the student's own forward pass; from one result to the next its figures go from some
+percent below the plain student to some percent above it, in either mode and for every network: five rounds on this
+machine do not tell 3% apart. The step with ``orepa_small`` is at its limit: below it by the ratio of medians, a little
+above by the median of the ratios; before it was 1.14. A figure that comes to keep its budget has to leave this list.
 """
 
 PAPER = "orepa"
