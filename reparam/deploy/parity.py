@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +14,8 @@ from torch.utils import _pytree as pytree
 
 from reparam.deploy.formats import FORMATS, Opened, outputs_in, reason_of, tensors_in
 from reparam.errors import ModelError
+from reparam.passes import seeds
 from reparam.passes.example import Inputs, batch_of
-from reparam.passes.seeds import generators_kept, seed
 from reparam.passes.skeleton import first_floating_dtype
 from reparam.passes.tf32 import tf32
 from reparam.passes.torch_modules import without_fast_paths
@@ -104,13 +104,10 @@ def compared(model: nn.Module, file: Path, name: str, inputs: Inputs, target: Pa
     )
 
 
-@contextmanager
-def seeded(model: nn.Module) -> Iterator[None]:
+def seeded(model: nn.Module) -> AbstractContextManager[None]:
     """Draw the same numbers in every call, and leave the state of the generators alone."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    with generators_kept(device):
-        seed(0, device)
-        yield
+    return seeds.seeded(0, device)
 
 
 def rows(value: Tensor, batch: int | None) -> Tensor:

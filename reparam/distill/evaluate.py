@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from reparam.distill.distributed import Group
+from reparam.distill.transfer import finest
 
 PARITY_TOLERANCE = 1e-5
 """Largest relative error of the logits at which an extracted student counts as equal (float32)."""
@@ -136,7 +137,7 @@ class _Tally:
         hits = best == labels[:, None]
         agreed = torch.zeros((), device=logits.device)
         if reference is not None:
-            kind = torch.float32 if logits.device.type == "mps" else torch.float64  # MPS has no other
+            kind = finest(logits.device)
             wanted = reference.to(kind)
             self._differences.append(torch.stack([(logits.to(kind) - wanted).abs().max(), wanted.abs().max()]))
             agreed = (logits.argmax(dim=1) == reference.argmax(dim=1)).sum()

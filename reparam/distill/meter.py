@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from reparam.distill.distributed import Group
+from reparam.distill.transfer import finest
 
 
 class Meter:
@@ -21,8 +22,7 @@ class Meter:
 
     def __init__(self, names: tuple[str, ...], group: Group, state: dict[str, Any] | None = None) -> None:
         self.names, self._group = names, group
-        kind = torch.float32 if group.device.type == "mps" else torch.float64
-        self._sums = torch.zeros(len(names), 3, dtype=kind, device=group.device)
+        self._sums = torch.zeros(len(names), 3, dtype=finest(group.device), device=group.device)
         if state is not None and group.main:
             self._sums += state["sums"].to(self._sums)
             self._sums[:, 0] *= group.world  # a loss is the mean over processes, and there may be others now

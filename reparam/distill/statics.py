@@ -18,6 +18,7 @@ from reparam.distill.files import CONFIG, STUDENT, read_entries
 from reparam.distill.loaders import Facts
 from reparam.distill.methods.base import Outputs
 from reparam.distill.students import build, check_fit, grown
+from reparam.distill.transfer import finest
 from reparam.errors import InputError, ModelError
 from reparam.models import TIMM_SCHEMES, load_weights
 
@@ -67,7 +68,7 @@ def renormalisation(found: Normalisation, wanted: Normalisation, device: torch.d
     mean, std, own_mean, own_std = (
         torch.tensor(value, dtype=torch.float64).view(1, -1, 1, 1) for value in (*found, *wanted)
     )
-    kind = torch.float32 if device.type == "mps" else torch.float64  # MPS has no other
+    kind = finest(device)
     scale, shift = (std / own_std).to(device, kind), ((mean - own_mean) / own_std).to(device, kind)
     return lambda images: images * scale.to(images.dtype) + shift.to(images.dtype)
 

@@ -1,4 +1,4 @@
-"""Tensors from the CPU to the device of a run."""
+"""Tensors from the CPU to the device of a run, and what it can hold."""
 
 from __future__ import annotations
 
@@ -11,3 +11,8 @@ def on_device(values: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda" or values.device.type != "cpu":
         return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)
+
+
+def finest(device: torch.device) -> torch.dtype:
+    """Return the floating-point type for sums and differences on a device: float64, which MPS has not."""
+    return torch.float32 if device.type == "mps" else torch.float64

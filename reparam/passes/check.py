@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from reparam.errors import InputError
 from reparam.passes.example import Inputs, example_for, normalise, random_like
-from reparam.passes.seeds import generators_kept, seed
+from reparam.passes.seeds import seeded
 from reparam.passes.skeleton import first_floating_dtype, rebuild, skeleton_of
 from reparam.passes.teacher import Teacher
 from reparam.passes.tf32 import tf32
@@ -89,8 +89,7 @@ def check(a: nn.Module, b: nn.Module, example_input: Any = None, *, tolerance: f
     inputs = _shapes(a, example_input)
     dtype = first_floating_dtype(a) or torch.float32
     device = next((p.device for p in a.parameters()), torch.device("cpu"))
-    with generators_kept(device), tf32(False):
-        seed(0, device)
+    with seeded(0, device), tf32(False):
         real = random_like(inputs, device, torch.float64, None)
         wide = [_outputs(m, real, torch.float64) for m in (a, b)]
         native = [_outputs(m, real, dtype) for m in (a, b)]

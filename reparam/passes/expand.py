@@ -19,7 +19,7 @@ from reparam.passes.modes import require
 from reparam.passes.plan import Plan
 from reparam.passes.ratios import check_ratio
 from reparam.passes.search import prepare
-from reparam.passes.seeds import generators_kept, seed
+from reparam.passes.seeds import seeded
 from reparam.passes.teacher import Teacher
 from reparam.passes.validate import check_heads, check_model, check_noise
 from reparam.passes.verify import OtherBatch, Rewritten, verify
@@ -185,8 +185,7 @@ def _verified(model: nn.Module, capture: Capture, made: Plan, inputs: Inputs, ba
         return 0.0
     # MPS has no float64.
     where = torch.device("cpu") if device.type == "mps" else device
-    with generators_kept(where):
-        seed(0, where)
+    with seeded(0, where):
         real = random_like(inputs, where, torch.float64, batch)
     parts = {
         path: (programs, _moved(dict(steps), where), call)

@@ -160,10 +160,15 @@ def _is_assert(frame: FrameType) -> bool:
     return _asserts(frame.f_code, frame.f_lasti)
 
 
+def _instructions(code: CodeType, last: int) -> tuple[list[dis.Instruction], int]:
+    """Return the instructions that do something, and which of them was the last to run."""
+    found = [i for i in dis.get_instructions(code) if i.opname not in ("CACHE", "NOT_TAKEN", "TO_BOOL")]
+    return found, max((k for k, i in enumerate(found) if i.offset <= last), default=0)
+
+
 @functools.lru_cache(maxsize=1024)
 def _asserts(code: CodeType, last: int) -> bool:
-    instructions = [i for i in dis.get_instructions(code) if i.opname not in ("CACHE", "NOT_TAKEN", "TO_BOOL")]
-    current = max((k for k, i in enumerate(instructions) if i.offset <= last), default=0)
+    instructions, current = _instructions(code, last)
     following = [i.opname for i in instructions[current : current + 3]]
     # The jump over ``raise AssertionError``, as CPython 3.10 to 3.14 write it.
     raises = ("LOAD_ASSERTION_ERROR", "LOAD_COMMON_CONSTANT")
@@ -176,8 +181,7 @@ def _asserts(code: CodeType, last: int) -> bool:
 @functools.lru_cache(maxsize=1024)
 def _refused(code: CodeType, last: int) -> bool | None:
     """The answer to an ``if`` under which the code does nothing but raise an error; None where neither does."""
-    instructions = [i for i in dis.get_instructions(code) if i.opname not in ("CACHE", "NOT_TAKEN", "TO_BOOL")]
-    current = max((k for k, i in enumerate(instructions) if i.offset <= last), default=0)
+    instructions, current = _instructions(code, last)
     for k in range(current, min(current + 2, len(instructions))):
         name = instructions[k].opname
         if name.startswith("POP_JUMP") and name.endswith(("IF_TRUE", "IF_FALSE")):

@@ -23,6 +23,14 @@ def generators_kept(device: torch.device) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def seeded(number: int, device: torch.device) -> Iterator[None]:
+    """Draw the numbers of a seed inside, and put the generators back to where they were."""
+    with generators_kept(device):
+        seed(number, device)
+        yield
+
+
 def seed(number: int, device: torch.device) -> None:
     """Seed torch's generators for the CPU and this device, and no others."""
     torch.default_generator.manual_seed(number)

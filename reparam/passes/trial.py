@@ -19,7 +19,7 @@ from reparam.ops.params import repeat_all
 from reparam.passes.blocks import around, host_map, student_frame
 from reparam.passes.plan import Plan
 from reparam.passes.rows import BranchPlan
-from reparam.passes.seeds import generators_kept, seed
+from reparam.passes.seeds import seeded
 from reparam.passes.world import Fetch
 
 _TOLERANCE = 1e-9
@@ -79,8 +79,7 @@ class Trial:
         """Return the teacher's kernel."""
         expression, tensors = _drawn(branch, self.plain(branch.site.name))
         maps = around(self.plan, branch)
-        with generators_kept(_CPU):
-            seed(0, _CPU)
+        with seeded(0, _CPU):
             found = wide_tensors(expression, maps, tensors, 0.25)
         found[""] = self.wide(branch.site.name)
         return merge(expression, branch.site, wide_frame(branch.site, maps), found.__getitem__)
@@ -89,8 +88,7 @@ class Trial:
 def _drawn(branch: BranchPlan, like: Tensor) -> tuple[Expression, dict[str, Tensor]]:
     """Return the student's branches with random values, the same at every call."""
     expression = branch.recipe.expression(branch.site)
-    with generators_kept(_CPU):
-        seed(sum(branch.site.name.encode()), _CPU)
+    with seeded(sum(branch.site.name.encode()), _CPU):
         tensors = new_tensors(expression, like.new_empty(0, device=_CPU))
         for name, slot in expression.slots():
             if slot.kind != "fixed" and slot.shape:
