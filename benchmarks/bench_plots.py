@@ -43,7 +43,7 @@ def _save(figure: Any, target: Path) -> Path:
 def _steps(steps: Mapping[str, dict[str, Any]], target: Path) -> Path:
     bars = []
     for data in steps.values():
-        switches = [word for word in ("compile", "channels_last", "cuda_graph") if data[word]]
+        switches = [word for word in ("compile", "channels_last", "cuda_graph", "no_overlap") if data.get(word)]
         where = ", ".join([data["model"], f"batch {data['batch']}", data["device_type"], data["precision"], *switches])
         bars += [
             (f"{name}\n{where}", row["over_ideal"]) for name, row in data["steps"].items() if name.startswith("GPD")

@@ -12,7 +12,7 @@ MIB = 2**20
 
 def step(data: dict[str, Any], with_budgets: bool = True) -> str:
     """Return the tables of a training step and of its parts."""
-    switches = [word for word in ("compile", "channels_last", "cuda_graph") if data[word]]
+    switches = [word for word in ("compile", "channels_last", "cuda_graph", "no_overlap") if data.get(word)]
     how = ", ".join([data["precision"], data["optimizer"], *switches, f"{data['threads']} threads"])
     static = f", static teacher {data['teacher']}, method {data['method']}" if data["teacher"] else ""
     lines = [
@@ -93,9 +93,11 @@ def surgery(data: dict[str, Any], with_budgets: bool = True) -> str:
             lines.append(f"| {' | '.join(cells)} |")
         view = row["view"]
         words = [f"{view[mode]['view_over_plain']['median']:.3f} in {mode} mode" for mode in ("eval", "train")]
-        lines.append(
-            f"\nA call of the view over one of the plain student, batch {view['batch']}: {', '.join(words)}.\n"
-        )
+        lines.append(f"\nA call of the view over one of the plain student, batch {view['batch']}: {', '.join(words)}.")
+        if "on_top_over_plain" in view["eval"]:
+            words = [f"{view[mode]['on_top_over_plain']['median']:.4f} in {mode} mode" for mode in ("eval", "train")]
+            lines.append(f"What it does beside the student's own forward pass, over a plain call: {', '.join(words)}.")
+        lines.append("")
     if "limits" in data:
         speed = data["limits"]["flops_per_second"] / 2 / GIGA
         lines.append(f"Product of float64 matrices on this machine: {speed:.0f} G multiply-adds per second.\n")

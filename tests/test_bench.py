@@ -128,7 +128,7 @@ def test_rows_of_a_step(result):
 
 def test_methods_have_files_of_their_own():
     given = argparse.Namespace(model="resnet18", ratio=2, batch=4, size=8, precision="fp32", teacher="resnet34")
-    vars(given).update(optimizer="sgd", compile=False, channels_last=False, cuda_graph=False)
+    vars(given).update(optimizer="sgd", compile=False, channels_last=False, cuda_graph=False, no_overlap=False)
     names = set()
     for given.method in ("kd", "dkd", "kdiffusion"):
         names.add(file_name(given, torch.device("cpu")))
@@ -278,6 +278,8 @@ def test_surgery(net, tmp_path, monkeypatch):
     for mode in ("eval", "train"):
         medians = [row["view"][mode][name]["median"] for name in ("view", "plain")]
         assert row["view"][mode]["view_over_plain"]["of_medians"] == pytest.approx(medians[0] / medians[1], rel=1e-3)
+        on_top = row["view"][mode]["on_top"]["median"] / medians[1]
+        assert row["view"][mode]["on_top_over_plain"]["of_medians"] == pytest.approx(on_top, rel=1e-3)
     sizes = [entry["parameters"] for entry in data["growth"]["sizes"]]
     assert sizes[0] < sizes[1] and all(entry["expand_seconds"] for entry in data["growth"]["sizes"])
     assert set(data["growth"]["exponents"]) == {"plan", "expand"}

@@ -8,8 +8,17 @@ import timm
 import torch
 
 import reparam
-from reparam.bench import step, subjects
+from reparam.bench import subjects
+from reparam.distill import runs
+from reparam.distill.config import TrainConfig
+from reparam.distill.data import Facts
 from reparam.distill.distributed import Group
+from reparam.distill.meter import Meter
+from reparam.distill.methods.base import Batch
+from reparam.distill.networks import make_networks
+from reparam.distill.recording import WARM
+from reparam.distill.statics import StaticTeacher
+from reparam.errors import InputError
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -115,15 +124,81 @@ def test_a_step_waits_for_nothing_and_fits_a_graph(student, branches, optimizer)
     )  # fmt: skip
     where = subjects.setting(options, Group(0, 0, 1, torch.device("cuda")))
     taken = subjects.EngineStep(where, student, "gpd", branches)
-    for _ in range(3):
-        taken()
+    taken()
     torch.cuda.set_sync_debug_mode("error")
     try:
         taken()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     weight = taken.engine.networks.owner.get_parameter("layer1.0.conv1.weight")
-    replay = step._graph("GPD", taken)
-    before = weight.detach().clone()
-    replay()
-    assert not torch.equal(weight, before) and bool(weight.isfinite().all())
+    for _ in range(WARM):
+        before = weight.detach().clone()
+        taken()
+        assert not torch.equal(weight, before) and bool(weight.isfinite().all())
+    assert taken.engine._recorded._recording._replay is not None
+
+
+RECORDED = {
+    "gpd": {},
+    "branches": {"branches": "orepa"},
+    "adamw": {"optimizer": "adamw", "lr": 0.002},
+    "averaged weights": {"ema": 0.9, "accumulate": 2},
+    "gpd+dkd": {"method": "gpd+dkd"},
+    "gpd+crd": {"method": "gpd+crd"},
+}
+
+
+def trained(config, student, teacher=None):
+    """Train on the GPU for two short epochs; return the weights and the mean losses."""
+    config, group = config.resolved(), Group(0, 0, 1, torch.device("cuda"))
+    torch.manual_seed(0)
+    images = torch.randn(8 * 7, 3, 64, 64, device="cuda").to(memory_format=torch.channels_last)
+    labels, indices = torch.randint(10, (8 * 7,), device="cuda"), torch.arange(8 * 7, device="cuda")
+    statics = [] if teacher is None else [teacher]
+    networks = make_networks(copy.deepcopy(student), images[:2], config)
+    engine = runs.assemble(config, networks, statics, images[:2], labels.cpu(), 7, group)
+    engine.learners.train()
+    found = []
+    for epoch in (1, 2):
+        meter = Meter(engine.learners.names, group)
+        for number, rows in enumerate(torch.arange(8 * 7, device="cuda").split(8)):
+            torch.cuda.manual_seed(number)
+            batch = Batch(images[rows], labels[rows], None, indices[rows])
+            engine.step(batch, epoch, 7 * (epoch - 1) + number + 1, meter)
+        assert meter.bad() is None
+        found.append(meter.averages(7))
+    return engine.learners.state_dict(), found
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_a_recorded_step_is_the_step(name):
+    torch.manual_seed(0)
+    student = timm.create_model("resnet18", num_classes=10, drop_rate=0.1, zero_init_last=False).cuda()
+    base = {"method": "gpd", "epochs": 2, "warmup_epochs": 0, "lr": 0.01, "batch_size": 8, "channels_last": True}
+    given = {**base, **RECORDED[name]}
+    static = None
+    if "+" in given["method"]:
+        given["teacher"], same = "static", ((0.5,) * 3, (0.25,) * 3)
+        facts = Facts("images", 10, 56, 56, (3, 64, 64), *same, 0, False)
+        static = StaticTeacher(timm.create_model("resnet18", num_classes=10).cuda(), facts, same)
+    weights, losses = trained(TrainConfig(**given, overlap=False), student, static)
+    for changes in ({"cuda_graph": True}, {"cuda_graph": True, "overlap": False}, {}):
+        again, found = trained(TrainConfig(**{**given, **changes}), student, static)
+        for one, other in zip(losses, found, strict=True):
+            assert one == pytest.approx(other, rel=1e-2), changes
+        for key, value in weights.items():
+            torch.testing.assert_close(again[key], value, rtol=1e-2, atol=1e-2, msg=f"{key} {changes}")
+
+
+def test_what_cannot_be_recorded_is_refused(student):
+    class Asking(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return self.inner(x * float(x.abs().max()))
+
+    options = {"method": "baseline", "cuda_graph": True, "epochs": 2, "lr": 0.01, "batch_size": 8}
+    with pytest.raises(InputError, match="the training step cannot be recorded"):
+        trained(TrainConfig(**options), Asking(student))

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from training import (
+    FEWER_HEADS,
     GROUP,
     facts,
     make_batch,
@@ -17,6 +18,7 @@ from training import (
     make_meter,
     mixed_net,
     one_teacher,
+    settings,
     small_net,
     static_teacher,
     vit,
@@ -107,17 +109,6 @@ def whole_loss(networks, static, batch, config, epoch):
 
 def gradients(owner):
     return {name: parameter.grad for name, parameter in owner.named_parameters() if parameter.grad is not None}
-
-
-FEWER_HEADS = {"heads": 2}
-"""Of kdiffusion, which has 10 per stage: recording and running them takes longer than everything else."""
-
-
-def settings(**changes):
-    base = {"precision": "fp64", "clip_grad": 0.0, "epochs": 4, "batch_size": 8, "lr": 0.01}
-    if "teacher" not in changes and set(changes.get("method", "gpd").split("+")) - {"gpd", "baseline"}:
-        base["teacher"] = "static"
-    return TrainConfig(**{**base, **changes}).resolved()
 
 
 CASES = {

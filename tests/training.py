@@ -134,6 +134,18 @@ def static_teacher(seed: int = 9) -> StaticTeacher:
     return StaticTeacher(net, same, (same.mean, same.std))
 
 
+FEWER_HEADS = {"heads": 2}
+"""Of kdiffusion, which has 10 per stage: recording and running them takes longer than everything else."""
+
+
+def settings(**changes: Any) -> TrainConfig:
+    """Settings of a short run in float64 without clipping; methods with a static teacher get one."""
+    base: dict[str, Any] = {"precision": "fp64", "clip_grad": 0.0, "epochs": 4, "batch_size": 8, "lr": 0.01}
+    if "teacher" not in changes and set(changes.get("method", "gpd").split("+")) - {"gpd", "baseline"}:
+        base["teacher"] = "static"
+    return TrainConfig(**{**base, **changes}).resolved()
+
+
 def make_engine(student: nn.Module, config: TrainConfig, static: StaticTeacher | None = None, steps: int = 4) -> Engine:
     """What a run makes of its settings, for one process on the CPU; float64 if the settings say so."""
     config = config.resolved()

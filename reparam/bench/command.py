@@ -93,7 +93,8 @@ def _step(kinds: Any) -> None:
     add("--wide-model", metavar="MODEL", help="a row for a network that is as wide as the teacher by its own code")
     add("--side-by-side", action="store_true",
         help="more rows for each recipe, without a wider teacher: merged, and every branch run")  # fmt: skip
-    add("--cuda-graph", action="store_true", help="record each job as a CUDA graph and replay it")
+    add("--cuda-graph", action="store_true", help="all steps as CUDA graphs")
+    add("--no-overlap", action="store_true", help="with --teacher: it answers before the networks in training")
     add("--calls", type=int, metavar="N", help="steps in a row that make one measurement (default: 1, on CUDA 3)")
     add("--no-parts", action="store_true", help="whole steps only, not their parts")
     _finish(parser, "step")

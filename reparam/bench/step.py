@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,7 +30,9 @@ from reparam.bench.subjects import (
 from reparam.bench.timing import Job, Measured, interleaved, ratio, spread
 from reparam.distill.distributed import Group
 from reparam.distill.engine import precision
+from reparam.distill.recording import WARM
 from reparam.distill.runs import threads_restored
+from reparam.distill.statics import StaticTeacher
 from reparam.errors import InputError
 from reparam.ops.recipes import get as get_recipe
 from reparam.passes.teacher import require_teacher
@@ -120,13 +122,12 @@ def prepare(where: Setting, options: argparse.Namespace, recipes: list[str]) -> 
     student = PlainStep(where.build(options.model), where)
     wide = PlainStep(plain_wide(where, where.build(options.model)), where)
     small, large = student.job(), wide.job()
+    answered = _answered(where, static) if static is not None else lambda: None
 
     def ideal() -> None:
         student()
         wide()
-        if static is not None:
-            with where.autocast():
-                static(where.batch.images)
+        answered()
 
     answering = [] if static is None else list(static.network.parameters())
     bench.steps = {STUDENT: small, WIDE: large,
@@ -145,6 +146,14 @@ def prepare(where: Setting, options: argparse.Namespace, recipes: list[str]) -> 
         bench.steps[NATIVE], bench.sizes[NATIVE] = native.job(), native.sizes
         bench.parts[NATIVE] = plain_parts(native)
     return bench
+
+
+def _answered(where: Setting, static: StaticTeacher) -> Callable[[], object]:
+    def answer() -> None:
+        with where.autocast():
+            static(where.batch.images)
+
+    return where.repeated(answer, "the static teacher")
 
 
 def _add_gpd(bench: Bench, options: argparse.Namespace, recipe: str | None, statics: list[Any]) -> None:
@@ -184,8 +193,9 @@ def measured(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
     calls = options.calls or (3 if device.type == "cuda" else 1)
     counts = {name: costs.count(job.run) for name, job in bench.steps.items()}
     ceiling = costs.limits(device, options.precision)
-    steps = _recorded(bench.steps) if options.cuda_graph else bench.steps
-    times = interleaved(steps, options.runs, calls=calls, device=device)
+    # Calls until each step is recorded, and some more.
+    warmup = WARM + 2 if options.cuda_graph else 2
+    times = interleaved(bench.steps, options.runs, warmup=warmup, calls=calls, device=device)
     if options.cuda_graph:
         for found in times.values():
             found.peak = None
@@ -241,32 +251,11 @@ def _parts(bench: Bench, options: argparse.Namespace, calls: int) -> dict[str, d
     return found
 
 
-def _recorded(jobs: Mapping[str, Job]) -> dict[str, Job]:
-    """Replace each job by the replay of its CUDA graph; the learning rate in it is that of the recording."""
-    return {name: replace(job, run=_graph(name, job.run)) for name, job in jobs.items()}
-
-
-def _graph(name: str, run: Callable[[], object]) -> Callable[[], None]:
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    try:
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                run()
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(graph):
-            run()
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"--cuda-graph: the step '{name}' cannot be recorded ({reason}); leave it out") from error
-    return graph.replay
-
-
 # Saying it -----------------------------------------------------------------------------------------------------------
 
 _DESCRIBED = (
     "model", "ratio", "teacher", "wide_model", "batch", "size", "channels", "classes", "precision", "optimizer",
-    "clip_grad", "compile", "channels_last", "cuda_graph",
+    "clip_grad", "compile", "channels_last", "cuda_graph", "no_overlap",
 )  # fmt: skip
 
 
@@ -284,7 +273,7 @@ def file_name(options: argparse.Namespace, device: torch.device) -> str:
     words += [records.public(options.teacher)] if options.teacher else []
     words += [options.method] if options.method != "kd" else []
     words += [options.optimizer] if options.optimizer != "sgd" else []
-    switches = ("compile", "channels_last", "cuda_graph")
+    switches = ("compile", "channels_last", "cuda_graph", "no_overlap")
     words += [name.replace("_", "") for name in switches if getattr(options, name)]
     return re.sub(r"[^\w.+-]", "_", "-".join(words))
 

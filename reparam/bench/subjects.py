@@ -23,7 +23,8 @@ from reparam.distill.engine import Engine, autocast
 from reparam.distill.meter import Meter
 from reparam.distill.methods.base import Batch
 from reparam.distill.networks import make_networks
-from reparam.distill.optim import make_optimizer
+from reparam.distill.optim import make_optimizer, make_recordable
+from reparam.distill.recording import Recording
 from reparam.distill.runs import assemble
 from reparam.distill.statics import StaticTeacher
 from reparam.distill.students import build, check_fit
@@ -40,14 +41,12 @@ class Setting:
         batch: random images and labels on the device.
         facts: what a loader would say about them.
         group: the processes; one, but where several are measured.
-        recorded: whether steps are recorded as CUDA graphs.
     """
 
     config: TrainConfig
     batch: Batch
     facts: Facts
     group: Group
-    recorded: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -76,12 +75,14 @@ class Setting:
             return network
         return network.to(memory_format=torch.channels_last)
 
-    def prepared(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-        """Let an optimizer step while a CUDA graph is recorded, where it asks to be told (AdamW does)."""
-        for group in optimizer.param_groups if self.recorded else ():
-            if "capturable" in group:
-                group["capturable"] = True
-        return optimizer
+    @property
+    def recorded(self) -> bool:
+        """Whether steps are recorded as CUDA graphs."""
+        return self.config.cuda_graph
+
+    def repeated(self, run: Callable[[], object], what: str) -> Callable[[], object]:
+        """Return what does the same; as the repetition of a CUDA graph, if the setting says so."""
+        return Recording(run, self.device, what) if self.recorded else run
 
 
 def device_of(name: str) -> torch.device:
@@ -109,6 +110,8 @@ def setting(options: argparse.Namespace, group: Group) -> Setting:
         precision=options.precision,
         compile=options.compile,
         channels_last=options.channels_last,
+        cuda_graph=getattr(options, "cuda_graph", False),
+        overlap=not getattr(options, "no_overlap", False),
         # Random labels are learned by heart at a larger rate, and then the arithmetic is of other numbers.
         lr=1e-4,
         schedule="constant",
@@ -123,7 +126,7 @@ def setting(options: argparse.Namespace, group: Group) -> Setting:
     batch = Batch(images, labels, None, torch.arange(count, device=group.device))
     half = (0.5,) * options.channels
     facts = Facts("random images", options.classes, options.batch, options.batch, shape, half, half, 0, False)
-    return Setting(config, batch, facts, group, getattr(options, "cuda_graph", False))
+    return Setting(config, batch, facts, group)
 
 
 class PlainStep:
@@ -137,12 +140,18 @@ class PlainStep:
     def __init__(self, network: nn.Module, where: Setting) -> None:
         self.network, self.where = where.placed(network), where
         self._call: Callable[..., Any] = torch.compile(network) if where.config.compile else network
-        self.optimizer = where.prepared(make_optimizer(network, where.config))
+        self.optimizer = make_optimizer(network, where.config)
+        if where.recorded:
+            make_recordable(self.optimizer)
         self._scaler = torch.amp.GradScaler(where.device.type, enabled=where.config.precision == "fp16")
         self._trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        self._taken = where.repeated(self._take, f"a step of {type(network).__name__}")
 
     def __call__(self) -> None:
         """Take a step."""
+        self._taken()
+
+    def _take(self) -> None:
         self.learn()
         self._scaler.unscale_(self.optimizer)
         self.clip()
@@ -199,7 +208,6 @@ class EngineStep:
         labels, example = where.batch.labels, where.batch.images[:2]
         networks = make_networks(student, example, config)
         self.engine: Engine = assemble(config, networks, statics, example, labels, 1000, where.group)
-        where.prepared(self.engine.optimizer)
         self.where, self._steps = where, 0
         self.engine.learners.train()
         self._meter = Meter(self.engine.learners.names, where.group)
@@ -210,7 +218,7 @@ class EngineStep:
         """Take a step."""
         self._steps += 1
         self.engine.step(self.where.batch, 1, self._steps, self._meter)
-        if self._steps % self._interval == 0 and not _is_recorded(self.where.device):
+        if self._steps % self._interval == 0:
             self._meter.bad()
 
     def learn(self, name: str) -> None:
@@ -238,10 +246,6 @@ class EngineStep:
     def sizes(self) -> dict[str, int]:
         """Return the bytes of parameters, gradients and optimizer state, after a step."""
         return sizes(self.engine.learners, self.engine.optimizer)
-
-
-def _is_recorded(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def sizes(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:

@@ -161,7 +161,7 @@ def check_same(saved: Mapping[str, Any], current: Mapping[str, Any], path: Path)
 
 _FREE = frozenset(
     "output resume quiet workers threads device tensorboard keep_best save_steps save_epochs on_nan max_bad_images "
-    "compile channels_last eval_epochs checkpoint teacher_checkpoint assistant_checkpoint".split()
+    "compile cuda_graph overlap channels_last eval_epochs checkpoint teacher_checkpoint assistant_checkpoint".split()
 )
 """Settings that may change between the parts of a run: they say how it is computed and kept, not what."""
 

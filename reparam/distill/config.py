@@ -275,6 +275,16 @@ class TrainConfig:
         choices=("fp32", "tf32", "bf16", "fp16", "fp64"),
     )
     compile: bool = _option(False, "compute", "run the networks through torch.compile", bool)
+    cuda_graph: bool = _rare(
+        False,
+        "compute",
+        "record a training step as a CUDA graph and repeat it: faster where launching its kernels takes longer than "
+        "computing them, as with the networks of CIFAR; one GPU",
+        bool,
+    )
+    overlap: bool = _rare(
+        True, "compute", "CUDA: the static teacher answers beside the first network in training, not before it", bool
+    )
     accumulate: int = _rare(1, "compute", "parts of a step that run one after the other, to save memory", int)
     channels_last: bool = _rare(False, "compute", "memory format of images and convolutions", bool)
     sync_bn: bool = _rare(False, "compute", "several processes: norm statistics over the whole batch", bool)

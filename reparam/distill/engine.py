@@ -17,6 +17,7 @@ from reparam.distill.meter import Meter
 from reparam.distill.methods.base import Batch, Outputs
 from reparam.distill.networks import Learners, Networks, parts
 from reparam.distill.optim import load_state
+from reparam.distill.recording import RecordedStep
 from reparam.distill.statics import StaticTeacher
 from reparam.passes.tf32 import tf32
 from reparam.passes.view import StudentView
@@ -62,6 +63,7 @@ class Engine:
             distributed.broadcast_buffers = False
             self._distributed = distributed
         self._trained = [parameter for parameter in learners.parameters() if parameter.requires_grad]
+        self._recorded = RecordedStep(self._learn, optimizer, self._blank, self._phase) if config.cuda_graph else None
 
     @property
     def networks(self) -> Networks:
@@ -78,8 +80,16 @@ class Engine:
 
     def step(self, batch: Batch, epoch: int, steps: int, meter: Meter) -> None:
         """Take optimizer step number ``steps`` (from 1) on this process's part of a batch."""
+        learn = self._learn if self._recorded is None else self._recorded
+        learn(self.placed(batch), epoch, meter)
+        self.scheduler.step_update(steps)
+        if self.ema is not None:
+            self.ema.update(self.learners.owner, step=steps + 1 if self.config.ema_warmup else None)
+
+    def _learn(self, batch: Batch, epoch: int, meter: Meter) -> None:
+        """All of a step that runs on the device and is the same in each step."""
         self.optimizer.zero_grad(set_to_none=True)
-        pieces = _split(self.placed(batch), self.config.accumulate)
+        pieces = _split(batch, self.config.accumulate)
         with self.gathered():
             for number, piece in enumerate(pieces, 1):
                 self._backward(piece, epoch, meter, 1 / len(pieces), number == len(pieces))
@@ -88,9 +98,13 @@ class Engine:
             nn.utils.clip_grad_norm_(self._trained, self.config.clip_grad)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.scheduler.step_update(steps)
-        if self.ema is not None:
-            self.ema.update(self.learners.owner, step=steps + 1 if self.config.ema_warmup else None)
+
+    def _blank(self) -> Meter:
+        return Meter(self.learners.names, self.group)
+
+    def _phase(self, epoch: int) -> int | bool:
+        """What of the epoch a step depends on: losses against a static teacher may depend on anything of it."""
+        return epoch if self.learners.losses else epoch >= self.config.kd_start_epoch
 
     def lr(self, steps: int) -> float:
         """Learning rate of the step after so many, without the factors of ``lr_scale``; nothing is changed."""
@@ -174,6 +188,8 @@ class Engine:
         load_state(self.optimizer, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.scheduler.step_update(steps)
+        if self._recorded is not None:
+            self._recorded.forget()
 
 
 class _Joined(torch.autograd.Function):

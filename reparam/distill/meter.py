@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isfinite
 from typing import Any
 
 import torch
@@ -26,23 +27,27 @@ class Meter:
         if state is not None and group.main:
             self._sums += state["sums"].to(self._sums)
             self._sums[:, 0] *= group.world  # a loss is the mean over processes, and there may be others now
-        self._recent: list[tuple[str, Tensor]] = []
 
     def add(self, name: str, loss: Tensor, logits: Tensor, labels: Tensor, share: float) -> None:
         """Take in the loss of a network; ``share`` is how much of a step it stands for."""
         row = self._sums[self.names.index(name)]
-        loss = loss.detach()
-        row[0] += loss * share
+        row[0] += loss.detach() * share
         row[1] += (logits.detach().argmax(dim=1) == labels).sum()
         row[2] += len(labels)
-        self._recent.append((name, loss))
+
+    def take(self, other: Meter) -> None:
+        """Take in what another meter of the same networks holds, and empty it."""
+        self._sums += other._sums
+        other._sums.zero_()
 
     def bad(self) -> str | None:
-        """Name the first loss since the last call that was NaN or Inf, in this process; None if all are finite."""
-        recent, self._recent = self._recent, []
-        if not recent or bool(torch.stack([loss.isfinite() for _, loss in recent]).all()):
+        """Name a network whose loss was NaN or Inf in this process; None if all were finite."""
+        if bool(self._sums.isfinite().all()):
             return None
-        return next(f"the {name}'s loss is {loss.item()}" for name, loss in recent if not bool(loss.isfinite()))
+        losses = self._sums[:, 0].tolist()
+        return next(
+            f"the {name}'s loss is {loss}" for name, loss in zip(self.names, losses, strict=True) if not isfinite(loss)
+        )
 
     def averages(self, steps: int) -> dict[str, float]:
         """Return mean loss and training accuracy in percent of each network, over all processes."""

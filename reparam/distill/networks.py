@@ -21,7 +21,7 @@ from reparam.distill.methods.base import (
     weights_of,
 )
 from reparam.distill.methods.gpd import dynamic_teacher, soft_term
-from reparam.distill.statics import StaticTeacher
+from reparam.distill.statics import StaticTeacher, asked
 from reparam.errors import InputError
 
 STUDENT, TEACHER = "student", "teacher"
@@ -239,10 +239,12 @@ def parts(
     for loss in against:
         loss.epoch = epoch
     # The second of two phases may be without the static networks: they need not run.
-    answers = [static(batch.images) for static in read] if any(loss.shares()[1] for loss in against) else []
+    needed = read if any(loss.shares()[1] for loss in against) else ()
+    fetched = asked(needed, batch.images, config.overlap)
     dynamic: Tensor | None = None
     for name in learners.names:
         outputs = run(name, batch.images)
+        answers = fetched()
         total = cross_entropy(outputs.logits, batch, config)
         if against and name in learners.losses:
             total = _against_static(total, learners.losses[name], outputs, answers, batch, config)

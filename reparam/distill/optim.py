@@ -70,6 +70,24 @@ def _start(optimizer: torch.optim.Optimizer) -> None:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
+def make_recordable(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Let an optimizer step while a CUDA graph is recorded, with learning rates in tensors; return it.
+
+    Raises:
+        InputError: it has to read its learning rate on the CPU.
+    """
+    groups = optimizer.param_groups
+    if not all(group.get("fused") for group in groups):
+        raise InputError(
+            "--cuda-graph needs torch's fused optimizers, which this run cannot have: a parameter is no dense "
+            "floating-point tensor, or the precision is fp16; leave it out"
+        )
+    for settings in (optimizer.defaults, *groups):
+        if "capturable" in settings:  # AdamW asks to be told
+            settings["capturable"] = True
+    return optimizer
+
+
 def load_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
     """Load the state of an optimizer; its tensors take the memory format of their parameters.
 

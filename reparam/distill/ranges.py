@@ -227,6 +227,11 @@ def _check_together(config: Any) -> None:
         raise InputError(
             "--teacher-checkpoint holds the weights of the static teacher; name its network with --teacher"
         )
+    if config.cuda_graph and config.precision == "fp16":
+        raise InputError(
+            "--cuda-graph: fp16 asks after each step whether its loss scale fits, which no CUDA graph can hold; use "
+            "--precision bf16"
+        )
     if config.batch_size % config.accumulate:
         raise InputError(f"--accumulate {config.accumulate} does not divide --batch-size {config.batch_size}")
     _check_method(config)

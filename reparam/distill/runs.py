@@ -24,6 +24,7 @@ from reparam.distill.loaders import Loader, Shard, make_loader, seed_everything
 from reparam.distill.meter import Meter
 from reparam.distill.networks import Networks, make_learners, make_networks
 from reparam.distill.optim import make_optimizer, make_scheduler
+from reparam.distill.recording import check_recordable
 from reparam.distill.statics import StaticTeacher, load_static_teachers
 from reparam.distill.students import build_student, check_fit, grown
 from reparam.errors import InputError
@@ -84,6 +85,7 @@ def start(
         source: the data, or None to load it.
         group: the processes.
     """
+    check_recordable(config, group)
     source = source if source is not None else load_source(config.data, config.limit_train)
     _set_threads(config, source)
     seed_everything(config.seed)

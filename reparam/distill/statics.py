@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,39 @@ class StaticTeacher:
         """Answer images that are normalised for the student, ``[N, C, H, W]``."""
         images = self.normalised(images)
         return Outputs(self.network(images)) if self.observe is None else self.observe(images)
+
+
+def asked(statics: Sequence[StaticTeacher], images: Tensor, overlap: bool = True) -> Callable[[], list[Outputs]]:
+    """Ask static networks; return what gives their answers.
+
+    On a GPU they compute on a stream of their own, beside what is queued until the answers are fetched. Their memory
+    needs no further care: that stream allocates only behind its wait for everything that used its earlier results.
+
+    Args:
+        statics: the networks.
+        images: normalised for the student, ``[N, C, H, W]``.
+        overlap: False to answer before anything that is queued later.
+    """
+    stream = _stream(images.device) if overlap and statics else None
+    if stream is None:
+        answers = [static(images) for static in statics]
+        return lambda: answers
+    device = images.device
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        beside = [static(images) for static in statics]
+
+    def fetched() -> list[Outputs]:
+        torch.cuda.current_stream(device).wait_stream(stream)
+        return beside
+
+    return fetched
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream | None:
+    # One for all steps: each stream has memory of its own.
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
 
 
 def renormalisation(found: Normalisation, wanted: Normalisation, device: torch.device) -> Callable[[Tensor], Tensor]:
