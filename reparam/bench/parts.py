@@ -27,7 +27,7 @@ def gpd_parts(step: EngineStep) -> dict[str, Job]:
     teacher = require_teacher(engine.networks.owner)
     jobs: dict[str, Callable[[], object]] = {
         "teacher: forward and backward": lambda: step.learn("teacher"),
-        "clipping and optimizer": step.update,
+        "clipping and optimizer": engine.update,
         "student view: forward and backward": lambda: step.learn("student"),
         "narrowing": _both_ways(step, lambda: narrowed(teacher, merging=False)),
     }

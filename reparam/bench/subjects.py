@@ -230,12 +230,6 @@ class EngineStep:
                 loss = F.cross_entropy(logits, self.where.batch.labels)
             self.engine.scaler.scale(loss).backward()
 
-    def update(self) -> None:
-        """Clip and let the optimizer step on the gradients that are there."""
-        if self.where.config.clip_grad:
-            nn.utils.clip_grad_norm_(list(self.engine.learners.parameters()), self.where.config.clip_grad)
-        self.engine.optimizer.step()
-
     def job(self) -> Job:
         """Return the step as a job."""
         return Job(self, lambda: [*kept(self.engine.learners, self.engine.optimizer), *self._answering()])

@@ -93,6 +93,10 @@ class Engine:
         with self.gathered():
             for number, piece in enumerate(pieces, 1):
                 self._backward(piece, epoch, meter, 1 / len(pieces), number == len(pieces))
+        self.update()
+
+    def update(self) -> None:
+        """Clip, and let the optimizer step on the gradients that are there."""
         if self.config.clip_grad:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self._trained, self.config.clip_grad)

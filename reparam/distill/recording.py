@@ -7,6 +7,7 @@ recorded holds for all repetitions; where it may decide otherwise, another recor
 
 from __future__ import annotations
 
+import functools
 import pickle
 import random
 from collections.abc import Callable, Hashable
@@ -54,7 +55,7 @@ class Recording:
     def __init__(self, run: Callable[[], object], device: torch.device, what: str) -> None:
         self._run, self._device, self._what = run, device, what
         self._calls = 0
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = _stream(device)
         self._replay: Callable[[], None] | None = None
 
     def __call__(self) -> None:
@@ -84,6 +85,12 @@ class Recording:
                 f"--cuda-graph: {self._what} draws random numbers on the CPU, which a recording would repeat; {way_out}"
             )
         return replay
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream | None:
+    # One for all recordings: each stream has memory of its own.
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
 
 
 def beside(run: Callable[[], object], stream: torch.cuda.Stream | None) -> None:
