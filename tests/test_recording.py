@@ -162,8 +162,18 @@ def test_random_numbers_of_the_cpu_are_refused(on_cpu, draw):
 
 
 def test_what_cannot_be_recorded_is_named(monkeypatch):
+    class Capture:
+        """The end of a capture that failed raises as well."""
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            raise RuntimeError("operation failed due to a previous error during capture")
+
     def fails(run, stream):
-        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+        with Capture():
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
     monkeypatch.setattr(recording, "recorded", fails)
     step = Recording(lambda: None, GROUP.device, "the training step")
@@ -171,6 +181,31 @@ def test_what_cannot_be_recorded_is_named(monkeypatch):
         step()
     with pytest.raises(InputError, match=r"the training step cannot be recorded \(operation not .* capturing\); leave"):
         step()
+
+
+class Replacing(nn.Module):
+    """A network that keeps a mean of its inputs in a new tensor each time."""
+
+    def __init__(self, in_place):
+        super().__init__()
+        self.inner, self.in_place = small_net(), in_place
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, x):
+        mean = 0.9 * self.mean + 0.1 * x.mean().detach()
+        if self.in_place:
+            self.mean.copy_(mean)
+        else:
+            self.mean = mean
+        return self.inner(x - self.mean)
+
+
+def test_a_buffer_that_is_replaced_is_refused(on_cpu):
+    config = settings(method="baseline", cuda_graph=True)
+    with pytest.raises(InputError, match=r"puts a new tensor in the place of owner\.mean.*in place, or leave out"):
+        trained(config, student=lambda: Replacing(False))
+    expected = trained(settings(method="baseline"), student=lambda: Replacing(False))
+    assert_alike(expected, trained(config, student=lambda: Replacing(True)))
 
 
 def test_where_nothing_can_be_recorded():

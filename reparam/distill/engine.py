@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -63,7 +64,9 @@ class Engine:
             distributed.broadcast_buffers = False
             self._distributed = distributed
         self._trained = [parameter for parameter in learners.parameters() if parameter.requires_grad]
-        self._recorded = RecordedStep(self._learn, optimizer, self._blank, self._phase) if config.cuda_graph else None
+        self._recorded = (
+            RecordedStep(self._learn, optimizer, self._blank, self._phase, self._lasting) if config.cuda_graph else None
+        )
 
     @property
     def networks(self) -> Networks:
@@ -105,6 +108,10 @@ class Engine:
 
     def _blank(self) -> Meter:
         return Meter(self.learners.names, self.group)
+
+    def _lasting(self) -> dict[str, Tensor]:
+        learners = self.learners
+        return dict(itertools.chain(learners.named_parameters(), learners.named_buffers()))
 
     def _phase(self, epoch: int) -> int | bool:
         """What of the epoch a step depends on: losses against a static teacher may depend on anything of it."""

@@ -85,6 +85,8 @@ def make_recordable(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     for settings in (optimizer.defaults, *groups):
         if "capturable" in settings:  # AdamW asks to be told
             settings["capturable"] = True
+    # It says once that this costs time where nothing is recorded: the first steps are not, nor those of other sizes.
+    optimizer._warned_capturable_if_run_uncaptured = True
     return optimizer
 
 

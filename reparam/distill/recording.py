@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import pickle
 import random
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 
 import numpy as np
 import torch
@@ -50,10 +50,17 @@ class Recording:
         run: the work; it reads and writes the same tensors each time.
         device: where.
         what: the work in words, for errors.
+        lasting: returns the tensors that live on from one call to the next, by name.
     """
 
-    def __init__(self, run: Callable[[], object], device: torch.device, what: str) -> None:
-        self._run, self._device, self._what = run, device, what
+    def __init__(
+        self,
+        run: Callable[[], object],
+        device: torch.device,
+        what: str,
+        lasting: Callable[[], Mapping[str, Tensor]] = dict,
+    ) -> None:
+        self._run, self._what, self._lasting = run, what, lasting
         self._calls = 0
         self._stream = _stream(device)
         self._replay: Callable[[], None] | None = None
@@ -74,15 +81,22 @@ class Recording:
 
     def _recorded(self) -> Callable[[], None]:
         way_out = "leave out --cuda-graph"
-        before = _drawn_on_cpu()
+        drawn, places = _drawn_on_cpu(), _places(self._lasting())
         try:
             replay = recorded(self._run, self._stream)
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
+            # The end of a capture that failed raises as well, and only the first error says what it was.
+            reason = str(error.__context__ or error).splitlines()[0]
             raise InputError(f"--cuda-graph: {self._what} cannot be recorded ({reason}); {way_out}") from error
-        if before != _drawn_on_cpu():
+        if drawn != _drawn_on_cpu():
             raise InputError(
                 f"--cuda-graph: {self._what} draws random numbers on the CPU, which a recording would repeat; {way_out}"
+            )
+        moved = [name for name, place in _places(self._lasting()).items() if places.get(name) != place]
+        if moved:
+            raise InputError(
+                f"--cuda-graph: {self._what} puts a new tensor in the place of {moved[0]}, and a recording would start "
+                f"from the old one each time; change it in place, or {way_out}"
             )
         return replay
 
@@ -108,9 +122,14 @@ def beside(run: Callable[[], object], stream: torch.cuda.Stream | None) -> None:
 def recorded(run: Callable[[], object], stream: torch.cuda.Stream | None) -> Callable[[], None]:
     """Return what repeats the work of ``run`` on a GPU; nothing is computed yet."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    # The outer context also ends if the inner one fails to. Other threads go on meanwhile: one of them pins memory.
+    with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         run()
     return graph.replay
+
+
+def _places(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    return {name: tensor.data_ptr() for name, tensor in tensors.items()}
 
 
 def _drawn_on_cpu() -> bytes:
@@ -126,6 +145,7 @@ class RecordedStep:
         optimizer: the one that steps in it.
         blank: makes an empty meter.
         phase: what of the epoch ``learn`` depends on.
+        lasting: returns the tensors of the networks and losses by name; those of the optimizer are known.
     """
 
     def __init__(
@@ -134,8 +154,10 @@ class RecordedStep:
         optimizer: torch.optim.Optimizer,
         blank: Callable[[], Meter],
         phase: Callable[[int], Hashable],
+        lasting: Callable[[], Mapping[str, Tensor]],
     ) -> None:
         self._learn, self._optimizer, self._phase = learn, make_recordable(optimizer), phase
+        self._of_networks = lasting
         self._meter = blank()
         self._place: Hashable = None
         self._batch: Batch | None = None
@@ -174,7 +196,16 @@ class RecordedStep:
         # On a GPU torch's fused kernels read a rate in float32, whatever the parameters are.
         kind = torch.float32 if device.type == "cuda" else torch.float64
         self._rates = [torch.zeros((), dtype=kind, device=device) for _ in self._optimizer.param_groups]
-        self._recording = Recording(lambda: self._learn(kept, epoch, self._meter), device, "the training step")
+        step = functools.partial(self._learn, kept, epoch, self._meter)
+        self._recording = Recording(step, device, "the training step", self._lasting)
+
+    def _lasting(self) -> dict[str, Tensor]:
+        found = dict(self._of_networks())
+        for number, state in enumerate(self._optimizer.state.values()):
+            for name, value in state.items():
+                if isinstance(value, Tensor):
+                    found[f"{name} of parameter {number}"] = value
+        return found
 
 
 def _tensors(batch: Batch) -> tuple[Tensor | None, ...]:
