@@ -70,6 +70,7 @@ ONE_IN = {
     "test_parts.py::test_copies_and_files": 2,
     "test_photographs.py::test_from_scratch_and_fine_tuned": 2,
     "test_ratios.py::test_other_networks": 2,
+    "test_recording.py::test_a_recorded_step_against_a_static_teacher": 2,
     "test_resume.py::test_crash_loses_the_unsaved_steps_only": 3,
     "test_resume.py::test_damaged_newest_checkpoint": 2,
     "test_resume.py::test_full_disk_at_another_file": 2,

@@ -101,7 +101,7 @@ DRAWS = {"kdiffusion", "crd"}
 
 @pytest.mark.parametrize("method", one_teacher())
 def test_a_recorded_step_against_a_static_teacher(on_cpu, method):
-    given = {"method": f"gpd+{method}", **(FEWER_HEADS if "kdiffusion" in method else {})}
+    given = {"method": method, **(FEWER_HEADS if "kdiffusion" in method else {})}
     if method in DRAWS:
         with pytest.raises(InputError, match=r"draws random numbers on the CPU.*leave out --cuda-graph"):
             trained(settings(**given, cuda_graph=True), static=static_teacher())
