@@ -227,6 +227,7 @@ def test_recipes_and_their_options_in_one_word():
         (["step", "--cuda-graph"], "--cuda-graph records work of a GPU"),
         (["step", "--precision", "tf32"], "--precision tf32 is a mode of CUDA GPUs"),
         (["step", "--method", "dkd"], "name one with --teacher"),
+        (["step", "--no-overlap"], "name one with --teacher"),
         (["step", "--side-by-side"], "name a recipe with --branches"),
         (["step", "--device", "meta"], "cpu and cuda only"),
         (["surgery", "resnet81"], "resnet18"),

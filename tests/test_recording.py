@@ -28,6 +28,7 @@ import reparam.distill.recording as recording
 import reparam.distill.statics as statics
 from reparam.distill.config import TrainConfig
 from reparam.distill.distributed import Group
+from reparam.distill.ranges import refuse_idle
 from reparam.distill.recording import WARM, Recording, check_recordable
 from reparam.distill.statics import asked
 from reparam.errors import InputError
@@ -218,6 +219,12 @@ def test_where_nothing_can_be_recorded():
     check_recordable(TrainConfig(), Group(0, 0, 2, torch.device("cpu")))
     with pytest.raises(InputError, match=r"fp16 asks after each step .* use --precision bf16"):
         TrainConfig(cuda_graph=True, precision="fp16")
+
+
+def test_overlap_without_a_static_teacher_is_refused():
+    with pytest.raises(InputError, match="--overlap would have no effect: no static teacher answers"):
+        refuse_idle(TrainConfig(overlap=False), {"overlap"})
+    refuse_idle(settings(method="kd", overlap=False), {"overlap"})
 
 
 class Strided(nn.Module):

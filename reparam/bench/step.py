@@ -108,6 +108,8 @@ def _check(options: argparse.Namespace, device: torch.device) -> None:
         raise InputError("--precision tf32 is a mode of CUDA GPUs; use fp32 on the CPU")
     if options.side_by_side and not options.branches:
         raise InputError("--side-by-side compares ways to run branches; name a recipe with --branches")
+    if options.teacher is None and options.no_overlap:
+        raise InputError("--no-overlap is about a static teacher; name one with --teacher")
     if options.teacher is None and options.method != "kd":
         raise InputError(f"--method {options.method} is a loss against a static teacher; name one with --teacher")
 

@@ -148,6 +148,7 @@ _IDLE: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         lambda config: not (config.gpd or config.widen or "expand:" in (config.assistant or "")),
         "nothing is widened",
     ),
+    ("overlap", lambda config: config.distiller is None, "no static teacher answers"),
     ("teacher_distill", lambda config: config.distiller is None, "--method has no loss against a static teacher"),
     ("kd_smoothing", lambda config: config.kd_loss != "sce", "it belongs to --kd-loss sce"),
     ("ema_warmup", lambda config: not config.ema, "there is no --ema"),
