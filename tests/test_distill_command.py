@@ -211,4 +211,5 @@ def test_registry():
 
 def test_the_help_names_every_loss():
     text = options()["method"][0].help
-    assert all(name in text for name in distillers())
+    ours = [name for name in distillers() if get_distiller(name).__module__.startswith("reparam.")]  # docs add one
+    assert len(ours) > 10 and all(name in text for name in ours)
