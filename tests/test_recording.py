@@ -251,7 +251,9 @@ class Streams:
 
     def __init__(self, monkeypatch):
         self.log, self.current = [], "main"
-        monkeypatch.setattr(statics, "_stream", lambda device: SimpleNamespace(wait_stream=self._wait("side")))
+        monkeypatch.setattr(
+            statics, "side_stream", lambda device, purpose: SimpleNamespace(wait_stream=self._wait("side"))
+        )
         monkeypatch.setattr(
             torch.cuda,
             "current_stream",

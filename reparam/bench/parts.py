@@ -35,7 +35,7 @@ def gpd_parts(step: EngineStep) -> dict[str, Job]:
         jobs["narrowing and merging of the student"] = _both_ways(step, lambda: narrowed(teacher, merging=True))
         jobs["merging of the teacher"] = _both_ways(step, lambda: merged(teacher))
     for static in engine.statics:
-        jobs["static teacher: forward"] = lambda static=static: _answer(step, static)  # type: ignore[misc]
+        jobs["static teacher: forward"] = lambda static=static: step.where.ask(static)  # type: ignore[misc]
     return {name: Job(run, tensors) for name, run in jobs.items()}
 
 
@@ -74,8 +74,3 @@ def _both_ways(step: EngineStep, compute: Callable[[], Sequence[Tensor]]) -> Cal
                 torch.autograd.backward(values, given)
 
     return run
-
-
-def _answer(step: EngineStep, static: Callable[[Tensor], object]) -> None:
-    with step.engine.autocast():
-        static(step.where.batch.images)

@@ -32,7 +32,6 @@ from reparam.distill.distributed import Group
 from reparam.distill.engine import precision
 from reparam.distill.recording import WARM
 from reparam.distill.runs import threads_restored
-from reparam.distill.statics import StaticTeacher
 from reparam.errors import InputError
 from reparam.ops.recipes import get as get_recipe
 from reparam.passes.teacher import require_teacher
@@ -124,7 +123,7 @@ def prepare(where: Setting, options: argparse.Namespace, recipes: list[str]) -> 
     student = PlainStep(where.build(options.model), where)
     wide = PlainStep(plain_wide(where, where.build(options.model)), where)
     small, large = student.job(), wide.job()
-    answered = _answered(where, static) if static is not None else lambda: None
+    answered = (lambda: None) if static is None else where.repeated(lambda: where.ask(static), "the static teacher")
 
     def ideal() -> None:
         student()
@@ -148,14 +147,6 @@ def prepare(where: Setting, options: argparse.Namespace, recipes: list[str]) -> 
         bench.steps[NATIVE], bench.sizes[NATIVE] = native.job(), native.sizes
         bench.parts[NATIVE] = plain_parts(native)
     return bench
-
-
-def _answered(where: Setting, static: StaticTeacher) -> Callable[[], object]:
-    def answer() -> None:
-        with where.autocast():
-            static(where.batch.images)
-
-    return where.repeated(answer, "the static teacher")
 
 
 def _add_gpd(bench: Bench, options: argparse.Namespace, recipe: str | None, statics: list[Any]) -> None:

@@ -80,6 +80,11 @@ class Setting:
         """Whether steps are recorded as CUDA graphs."""
         return self.config.cuda_graph
 
+    def ask(self, static: StaticTeacher) -> None:
+        """Let a static teacher answer the batch."""
+        with self.autocast():
+            static(self.batch.images)
+
     def repeated(self, run: Callable[[], object], what: str) -> Callable[[], object]:
         """Return what does the same; as the repetition of a CUDA graph, if the setting says so."""
         return Recording(run, self.device, what) if self.recorded else run

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -20,6 +19,7 @@ from reparam.distill.networks import Learners, Networks, parts
 from reparam.distill.optim import load_state
 from reparam.distill.recording import RecordedStep
 from reparam.distill.statics import StaticTeacher
+from reparam.passes.skeleton import named_tensors
 from reparam.passes.tf32 import tf32
 from reparam.passes.view import StudentView
 
@@ -110,8 +110,7 @@ class Engine:
         return Meter(self.learners.names, self.group)
 
     def _lasting(self) -> dict[str, Tensor]:
-        learners = self.learners
-        return dict(itertools.chain(learners.named_parameters(), learners.named_buffers()))
+        return dict(named_tensors(self.learners))
 
     def _phase(self, epoch: int) -> int | bool:
         """What of the epoch a step depends on: losses against a static teacher may depend on anything of it."""

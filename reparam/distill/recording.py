@@ -21,6 +21,7 @@ from reparam.distill.distributed import Group
 from reparam.distill.meter import Meter
 from reparam.distill.methods.base import Batch
 from reparam.distill.optim import make_recordable
+from reparam.distill.transfer import side_stream
 from reparam.errors import InputError
 
 WARM = 3
@@ -62,7 +63,7 @@ class Recording:
     ) -> None:
         self._run, self._what, self._lasting = run, what, lasting
         self._calls = 0
-        self._stream = _stream(device)
+        self._stream = side_stream(device, "recording")
         self._replay: Callable[[], None] | None = None
 
     def __call__(self) -> None:
@@ -71,11 +72,11 @@ class Recording:
         Raises:
             InputError: it cannot be recorded.
         """
-        if self._replay is None and self._calls < WARM:
-            self._calls += 1
-            beside(self._run, self._stream)
-            return
         if self._replay is None:
+            if self._calls < WARM:
+                self._calls += 1
+                beside(self._run, self._stream)
+                return
             self._replay = self._recorded()
         self._replay()
 
@@ -99,12 +100,6 @@ class Recording:
                 f"from the old one each time; change it in place, or {way_out}"
             )
         return replay
-
-
-@functools.cache
-def _stream(device: torch.device) -> torch.cuda.Stream | None:
-    # One for all recordings: each stream has memory of its own.
-    return torch.cuda.Stream(device) if device.type == "cuda" else None
 
 
 def beside(run: Callable[[], object], stream: torch.cuda.Stream | None) -> None:

@@ -18,7 +18,7 @@ from reparam.distill.files import CONFIG, STUDENT, read_entries
 from reparam.distill.loaders import Facts
 from reparam.distill.methods.base import Outputs
 from reparam.distill.students import build, check_fit, grown
-from reparam.distill.transfer import finest
+from reparam.distill.transfer import finest, side_stream
 from reparam.errors import InputError, ModelError
 from reparam.models import TIMM_SCHEMES, load_weights
 
@@ -72,7 +72,7 @@ def asked(statics: Sequence[StaticTeacher], images: Tensor, overlap: bool = True
         images: normalised for the student, ``[N, C, H, W]``.
         overlap: False to answer before anything that is queued later.
     """
-    stream = _stream(images.device) if overlap and statics else None
+    stream = side_stream(images.device, "static teacher") if overlap and statics else None
     if stream is None:
         answers = [static(images) for static in statics]
         return lambda: answers
@@ -86,12 +86,6 @@ def asked(statics: Sequence[StaticTeacher], images: Tensor, overlap: bool = True
         return beside
 
     return fetched
-
-
-@functools.cache
-def _stream(device: torch.device) -> torch.cuda.Stream | None:
-    # One for all steps: each stream has memory of its own.
-    return torch.cuda.Stream(device) if device.type == "cuda" else None
 
 
 def renormalisation(found: Normalisation, wanted: Normalisation, device: torch.device) -> Callable[[Tensor], Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,15 @@ def on_device(values: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda" or values.device.type != "cpu":
         return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)
+
+
+@functools.cache
+def side_stream(device: torch.device, purpose: str) -> torch.cuda.Stream | None:
+    """Return the stream for a purpose beside the current one; None where a device has none.
+
+    One for all steps: each stream has memory of its own.
+    """
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
 
 
 def finest(device: torch.device) -> torch.dtype:
