@@ -2,7 +2,6 @@
 
 import argparse
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -15,8 +14,6 @@ from reparam.distill.config import TrainConfig
 from reparam.distill.distributed import Group
 from reparam.distill.optim import make_optimizer
 from reparam.errors import InputError
-from reparam.ops.maps import ReplicaMap
-from reparam.ops.params import ParamMap, first_replicas
 from reparam.passes.tf32 import tf32, uses_tf32
 
 BACKENDS = torch.backends
@@ -126,26 +123,3 @@ def test_adamw_is_told_of_cuda_graphs():
     for optimizer in (taken[0].optimizer, taken[1].engine.optimizer):
         assert all(group["capturable"] for group in optimizer.param_groups)
     assert "memory of its own" in step._about_memory(torch.device("cuda"), True)
-
-
-@pytest.mark.parametrize("size, multiplier, ratio", [(3, 4, 2), (1, 2, 3), (4, 1, 2), (2, 3, 3)])
-def test_first_replicas_in_blocks(size, multiplier, ratio):
-    replica_map = ReplicaMap.repeat(size, ratio).outputs(multiplier)
-    _, step_, length = replica_map.blocks
-    assert (step_, length) == (multiplier * ratio, multiplier) or replica_map.slice is not None
-    law = ParamMap((size * multiplier, 5, size * multiplier), {0: replica_map, 2: replica_map}, (2,))
-    wide = torch.randn(law.wide_shape, dtype=torch.float64, requires_grad=True)
-    narrow = law.narrow(wide)
-    first = torch.tensor(replica_map.first)
-    assert torch.equal(narrow, wide.index_select(0, first).index_select(2, first) * ratio)
-    gradient = torch.randn(law.shape, dtype=torch.float64)
-    (expected,) = torch.autograd.grad(narrow, wide, gradient)
-    into = torch.ones(law.wide_shape, dtype=torch.float64)
-    law.pull_back(gradient, into)
-    torch.testing.assert_close(into, 1 + expected, rtol=0, atol=1e-15)
-
-
-def test_first_replicas_anywhere():
-    replica_map = ReplicaMap(np.array([1, 0, 0, 2, 1, 2]), 3)
-    assert replica_map.blocks is None and replica_map.slice is None
-    assert first_replicas(torch.arange(6), 0, replica_map).tolist() == [1, 0, 3]

@@ -166,6 +166,28 @@ def test_a_step_with_branches(recipe):
     )
 
 
+class Joined(Small):
+    """Widened channels beside others that stay as they are, and their number: replicas in pieces, unequal in number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.grown = nn.Conv2d(6, 4, 3, padding=1)
+        self.head = nn.Linear(9, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.relu(self.norm(self.stem(x)))
+        y = torch.cat([x, y, x], 1)
+        return self.head(torch.cat([y[:, :5], torch.relu(self.grown(y))], 1).mean((2, 3)))
+
+
+def test_a_step_with_unequal_numbers_of_replicas():
+    torch.manual_seed(0)
+    engine = engine_for(Joined().to(DEVICE), TrainConfig(method="gpd", clip_grad=1.0))
+    maps = [m for p in engine.learners.owner.plan.params.values() for m in p.maps.values()]
+    assert any(len(m.pieces) > 1 for m in maps) and any(m.uniform is None for m in maps)
+    assert steps(engine)[1] == []
+
+
 SETTINGS = {
     "sgd": {},
     "adamw": {"optimizer": "adamw", "lr_scale": "student"},

@@ -6,7 +6,6 @@ of the whole output.
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -55,34 +54,6 @@ def test_noise_sums_to_zero_and_leaves_the_students_block(layout: str, ratio: in
     firsts, others = noise[torch.tensor(rows.first)], noise[torch.tensor(rows.rank > 0)]
     assert bool(firsts.any()) == (ratio >= 3)
     assert others.numel() == 0 or bool((others != 0).all())
-
-
-UNEVEN = ReplicaMap(torch.tensor([0, 0, 1, 2, 2, 2, 3, 4, 4]).numpy(), 5)
-
-
-OTHERS = {
-    "uneven": {1: UNEVEN},
-    "depthwise": {0: ReplicaMap.repeat(2, 3).outputs(3)},
-    "depthwise twice": {0: ReplicaMap.repeat(3, 3).outputs(2), 1: ReplicaMap(np.arange(15) % 5, 5).outputs(1)},
-}
-
-
-@pytest.mark.parametrize("layout", [*LAYOUTS, *OTHERS])
-@pytest.mark.parametrize("power", [1.0, 0.5])
-def test_pulling_back_is_the_adjoint_of_narrowing(layout: str, power: float) -> None:
-    law = weight_map("default" if layout in OTHERS else layout, 3)
-    law = ParamMap(law.shape, {**law.maps, **OTHERS.get(layout, {})}, (1,), power=power)
-    wide = sample(law.wide_shape).requires_grad_()
-    first = [torch.tensor(law.maps[dim].first) for dim in (0, 1)]
-    counts = torch.tensor(law.maps[1].counts).double() ** power
-    block = wide.detach()[first[0]][:, first[1]]
-    assert error(block * counts[:, None, None], law.narrow(wide.detach())) <= 1e-15
-    gradient = sample(law.shape)
-    (wanted,) = torch.autograd.grad(law.narrow(wide), wide, gradient)
-    into = sample(law.wide_shape)
-    start = into.clone()
-    law.pull_back(gradient, into)
-    assert error(into - start, wanted) <= 1e-14 and bool(wanted.any())
 
 
 @pytest.mark.parametrize("ratio", [2, 3, 4])

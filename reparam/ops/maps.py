@@ -9,12 +9,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 IntArray = npt.NDArray[np.int64]
+
+
+class Piece(NamedTuple):
+    """Positions ``start + k * stride + j`` for k in [0, count) and j in [0, length), k outermost."""
+
+    start: int
+    count: int
+    stride: int
+    length: int
+
+
+MOST_PIECES = 32
+"""Of how many pieces first replicas are put together; of more, indexing is cheaper."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,19 +161,28 @@ class ReplicaMap:
         return slice(int(self.first[0]), int(self.first[-1]) + 1, step)
 
     @cached_property
-    def blocks(self) -> tuple[int, int, int] | None:
-        """``(n, wide, narrow)`` where the first replicas are the first ``narrow`` of each of n times ``wide`` indices.
+    def pieces(self) -> tuple[Piece, ...] | None:
+        """The first replicas as pieces in the order of their student indices, or None where that takes too many.
 
-        So it is behind a depthwise operator with several outputs per channel.
+        One piece is enough for the default layout and behind a depthwise operator with several outputs per channel;
+        a concatenation has one or more for each of its parts.
         """
-        ends = np.flatnonzero(np.diff(self.first) != 1)
-        narrow = int(ends[0]) + 1 if len(ends) else self.size
-        n = self.size // max(narrow, 1)
-        if not n or len(self) % n:
-            return None
-        wide = len(self) // n
-        found = (np.arange(n)[:, None] * wide + np.arange(narrow)).reshape(-1)
-        return (n, wide, narrow) if np.array_equal(found, self.first) else None
+        if self.slice is not None:
+            steps = self.slice.step or 1
+            return (Piece(self.slice.start, self.size, steps, 1),) if self.size else ()
+        ends = np.flatnonzero(np.diff(self.first) != 1) + 1
+        starts = self.first[np.concatenate([[0], ends])].tolist()
+        lengths = np.diff(np.concatenate([[0], ends, [self.size]])).tolist()
+        found: list[Piece] = []
+        for start, length in zip(starts, lengths, strict=True):
+            if not (found and (joined := _with_run(found[-1], start, length, len(self)))):
+                joined = Piece(start, 1, length, length)
+            else:
+                found.pop()
+            found.append(joined)
+            if len(found) > MOST_PIECES:
+                return None
+        return tuple(found)
 
     def outputs(self, multiplier: int) -> ReplicaMap:
         """Return the output map of a depthwise operator that gives each channel ``multiplier`` outputs."""
@@ -205,6 +227,18 @@ class ReplicaMap:
         if "repeat" in data:
             return cls.repeat(int(data["size"]), int(data["repeat"]))
         return cls(np.asarray(data["index"], dtype=np.int64), int(data["size"]))
+
+
+def _with_run(piece: Piece, start: int, length: int, wide: int) -> Piece | None:
+    """Return the piece with one more run of neighbouring positions, where it goes on as evenly as before.
+
+    Blocks of several positions need the whole stride inside the dimension, to be one view of it.
+    """
+    last = piece.start + (piece.count - 1) * piece.stride
+    stride = start - last
+    even = length == piece.length and stride > 0 and (piece.count == 1 or stride == piece.stride)
+    inside = length == 1 or start + stride <= wide
+    return Piece(piece.start, piece.count + 1, stride, length) if even and inside else None
 
 
 def realign(source: ReplicaMap, target: ReplicaMap) -> IntArray:

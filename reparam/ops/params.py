@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from reparam.ops.maps import Maps, ReplicaMap, clean, take_index
+from reparam.ops.maps import MOST_PIECES, IntArray, Maps, Piece, ReplicaMap, clean, take_index
 
 
 @dataclass(frozen=True)
@@ -123,18 +125,7 @@ class ParamMap:
                 factor *= divisor
             else:
                 gradient = gradient * divisor
-        for dim, replica_map in sorted(self.maps.items(), reverse=True):  # blocks move the dimensions behind them
-            if replica_map.slice is not None:
-                into = first_replicas(into, dim, replica_map)
-            elif replica_map.blocks is not None:
-                n, wide, narrow = replica_map.blocks
-                into = into.unflatten(dim, (n, wide)).narrow(dim + 1, 0, narrow)
-                gradient = gradient.unflatten(dim, (n, narrow))
-            else:
-                first = torch.tensor(replica_map.first, device=gradient.device)
-                shape = [*gradient.shape[:dim], len(replica_map), *gradient.shape[dim + 1 :]]
-                gradient = gradient.new_zeros(shape).index_copy(dim, first, gradient)
-        into.add_(gradient, alpha=factor)
+        _add_to_first(into, gradient, sorted(self.maps.items()), factor)
 
     @property
     def divisor(self) -> float:
@@ -144,13 +135,13 @@ class ParamMap:
         """
         return math.prod(float(self.maps[dim].counts.mean()) ** self.power for dim in self.divide)
 
-    def _divisor(self, dim: int, counts: Any, like: Tensor) -> Tensor | float:
+    def _divisor(self, dim: int, counts: IntArray, like: Tensor) -> Tensor | float:
         uniform = self.maps[dim].uniform
         if uniform is not None:
             return float(uniform) ** self.power
         shape = [1] * like.dim()
         shape[dim] = -1
-        return torch.tensor(counts, dtype=like.dtype, device=like.device).pow(self.power).view(shape)
+        return _numbers(counts, self.power, like).view(shape)
 
     def _add_noise(self, wide: Tensor, scale: float, generator: torch.Generator | None) -> None:
         """Add noise that sums to zero over the replicas of each input and leaves the first replicas alone.
@@ -242,12 +233,57 @@ def first_replicas(value: Tensor, dim: int, replica_map: ReplicaMap) -> Tensor:
 
     Without a tensor of indices where it allows that: a GPU would wait for it, and no CUDA graph can hold it.
     """
-    if replica_map.slice is not None:
-        return value[(slice(None),) * dim + (replica_map.slice,)]
-    if replica_map.blocks is not None:
-        n, wide, narrow = replica_map.blocks
-        return value.unflatten(dim, (n, wide)).narrow(dim + 1, 0, narrow).flatten(dim, dim + 1)
-    return value.index_select(dim, torch.tensor(replica_map.first, device=value.device))
+    if replica_map.pieces is None:
+        return value.index_select(dim, torch.tensor(replica_map.first, device=value.device))
+    parts = [_piece(value, dim, piece) for piece in replica_map.pieces] or [value.narrow(dim, 0, 0)]
+    parts = [part if part.dim() == value.dim() else part.flatten(dim, dim + 1) for part in parts]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def _piece(value: Tensor, dim: int, piece: Piece) -> Tensor:
+    """Return a view of these positions of ``dim``; blocks of several positions have a dimension of their own."""
+    start, count, stride, length = piece
+    if length == 1:
+        return value[(slice(None),) * dim + (slice(start, start + (count - 1) * stride + 1, stride),)]
+    if count == 1:
+        return value.narrow(dim, start, length)
+    return value.narrow(dim, start, count * stride).unflatten(dim, (count, stride)).narrow(dim + 1, 0, length)
+
+
+def _add_to_first(into: Tensor, gradient: Tensor, maps: list[tuple[int, ReplicaMap]], factor: float) -> None:
+    """Add ``factor`` times the gradient to the first replicas along these dimensions, the last one first.
+
+    Blocks move the dimensions behind them.
+    """
+    if not maps:
+        into.add_(gradient, alpha=factor)
+        return
+    (*before, (dim, replica_map)) = maps
+    if replica_map.pieces is None:
+        first = torch.tensor(replica_map.first, device=gradient.device)
+        shape = [*gradient.shape[:dim], len(replica_map), *gradient.shape[dim + 1 :]]
+        _add_to_first(into, gradient.new_zeros(shape).index_copy(dim, first, gradient), before, factor)
+        return
+    done = 0
+    for piece in replica_map.pieces:
+        size = piece.count * piece.length
+        place, part = _piece(into, dim, piece), gradient.narrow(dim, done, size)
+        if place.dim() > into.dim():
+            part = part.unflatten(dim, (piece.count, piece.length))
+        _add_to_first(place, part, before, factor)
+        done += size
+
+
+def _numbers(counts: IntArray, power: float, like: Tensor) -> Tensor:
+    """Return ``counts ** power`` in the dtype and on the device of ``like``.
+
+    Filled in there, where it takes few runs of equal numbers: a copy from the CPU would have to be waited for.
+    """
+    ends = [0, *(np.flatnonzero(np.diff(counts)) + 1).tolist(), len(counts)]
+    if len(ends) > MOST_PIECES:
+        return torch.tensor(counts, dtype=like.dtype, device=like.device).pow(power)
+    runs = [like.new_full((stop - start,), float(counts[start]) ** power) for start, stop in pairwise(ends)]
+    return torch.cat(runs)
 
 
 Positions = slice | Tensor
