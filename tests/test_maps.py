@@ -39,7 +39,7 @@ def test_first_replicas(replica_map):
     wide = torch.arange(3 * len(replica_map)).reshape(3, -1)
     assert torch.equal(first_replicas(wide, 1, replica_map), wide[:, torch.tensor(replica_map.first)])
     pieces = replica_map.pieces
-    assert pieces is not None and sum(piece.count * piece.length for piece in pieces) == replica_map.size
+    assert pieces is not None and sum(piece.blocks * piece.length for piece in pieces) == replica_map.size
 
 
 @settings(deadline=None)

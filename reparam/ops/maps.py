@@ -18,10 +18,10 @@ IntArray = npt.NDArray[np.int64]
 
 
 class Piece(NamedTuple):
-    """Positions ``start + k * stride + j`` for k in [0, count) and j in [0, length), k outermost."""
+    """Positions ``start + k * stride + j`` for k in [0, blocks) and j in [0, length), k outermost."""
 
     start: int
-    count: int
+    blocks: int
     stride: int
     length: int
 
@@ -234,11 +234,11 @@ def _with_run(piece: Piece, start: int, length: int, wide: int) -> Piece | None:
 
     Blocks of several positions need the whole stride inside the dimension, to be one view of it.
     """
-    last = piece.start + (piece.count - 1) * piece.stride
+    last = piece.start + (piece.blocks - 1) * piece.stride
     stride = start - last
-    even = length == piece.length and stride > 0 and (piece.count == 1 or stride == piece.stride)
+    even = length == piece.length and stride > 0 and (piece.blocks == 1 or stride == piece.stride)
     inside = length == 1 or start + stride <= wide
-    return Piece(piece.start, piece.count + 1, stride, length) if even and inside else None
+    return Piece(piece.start, piece.blocks + 1, stride, length) if even and inside else None
 
 
 def realign(source: ReplicaMap, target: ReplicaMap) -> IntArray:

@@ -242,12 +242,12 @@ def first_replicas(value: Tensor, dim: int, replica_map: ReplicaMap) -> Tensor:
 
 def _piece(value: Tensor, dim: int, piece: Piece) -> Tensor:
     """Return a view of these positions of ``dim``; blocks of several positions have a dimension of their own."""
-    start, count, stride, length = piece
+    start, blocks, stride, length = piece
     if length == 1:
-        return value[(slice(None),) * dim + (slice(start, start + (count - 1) * stride + 1, stride),)]
-    if count == 1:
+        return value[(slice(None),) * dim + (slice(start, start + (blocks - 1) * stride + 1, stride),)]
+    if blocks == 1:
         return value.narrow(dim, start, length)
-    return value.narrow(dim, start, count * stride).unflatten(dim, (count, stride)).narrow(dim + 1, 0, length)
+    return value.narrow(dim, start, blocks * stride).unflatten(dim, (blocks, stride)).narrow(dim + 1, 0, length)
 
 
 def _add_to_first(into: Tensor, gradient: Tensor, maps: list[tuple[int, ReplicaMap]], factor: float) -> None:
@@ -266,10 +266,10 @@ def _add_to_first(into: Tensor, gradient: Tensor, maps: list[tuple[int, ReplicaM
         return
     done = 0
     for piece in replica_map.pieces:
-        size = piece.count * piece.length
+        size = piece.blocks * piece.length
         place, part = _piece(into, dim, piece), gradient.narrow(dim, done, size)
         if place.dim() > into.dim():
-            part = part.unflatten(dim, (piece.count, piece.length))
+            part = part.unflatten(dim, (piece.blocks, piece.length))
         _add_to_first(place, part, before, factor)
         done += size
 
