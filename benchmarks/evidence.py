@@ -73,6 +73,10 @@ def gpd_arms(base: TrainConfig, options: argparse.Namespace) -> list[Arm]:
         Arm(f"GPD with {branches} + DKD", {"method": "gpd+dkd", "branches": branches}, static=True),
         Arm("GPD without branches, lr scaled", {"method": "gpd", "lr_scale": "student"}),
         Arm("GPD without branches, no soft loss", {"method": "gpd", "kd_weight": 0.0}),
+        Arm("GPD without branches, soft loss 0.3", {"method": "gpd", "kd_weight": 0.3}),
+        Arm("GPD without branches, soft loss 1", {"method": "gpd", "kd_weight": 1.0}),
+        Arm(f"GPD without branches, lr {lr / base.ratio**2:g}", {"method": "gpd", "lr": lr / base.ratio**2}),
+        Arm(f"GPD with {branches}, no soft loss", {"method": "gpd", "branches": branches, "kd_weight": 0.0}),
     ]
 
 
