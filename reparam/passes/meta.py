@@ -57,7 +57,16 @@ def _batch_norm(
 
 
 @contextlib.contextmanager
-def _quick_norms() -> Iterator[None]:
+def _replaced(holder: Any, name: str, replacement: Any) -> Iterator[None]:
+    before = getattr(holder, name)
+    setattr(holder, name, replacement)
+    try:
+        yield
+    finally:
+        setattr(holder, name, before)
+
+
+def _quick_norms() -> contextlib.AbstractContextManager[None]:
     """Let modules on the meta device use the batch norm above."""
     plain = F.batch_norm
 
@@ -74,11 +83,7 @@ def _quick_norms() -> Iterator[None]:
             usual = usual and running_mean is not None and running_var is not None
         return (_batch_norm if usual else plain)(input, running_mean, running_var, *args, **kwargs)
 
-    F.batch_norm = quick
-    try:
-        yield
-    finally:
-        F.batch_norm = plain
+    return _replaced(F, "batch_norm", quick)
 
 
 def _to_meta(value: Any) -> Any:
@@ -97,19 +102,14 @@ def run_module_on_meta(module: nn.Module, args: Sequence[Any], kwargs: Mapping[s
         return module(*args, **kwargs)
 
 
-@contextlib.contextmanager
-def _autocast_of_meta() -> Iterator[None]:
+def _autocast_of_meta() -> contextlib.AbstractContextManager[None]:
     """Let code enter or leave autocast for ``x.device.type``, which torch does not know on the meta device."""
     plain = torch.autocast.__init__
 
     def init(self: Any, device_type: str, *args: Any, **kwargs: Any) -> None:
         plain(self, "cpu" if device_type == "meta" else device_type, *args, **kwargs)
 
-    torch.autocast.__init__ = init  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        torch.autocast.__init__ = plain  # type: ignore[method-assign]
+    return _replaced(torch.autocast, "__init__", init)
 
 
 @contextlib.contextmanager

@@ -63,7 +63,7 @@ def torch_modules(record: Record) -> list[Patch]:
     Args:
         record: ``record(function, args, kwargs)`` returns the recorded value, or NotImplemented to run torch's code.
     """
-    return [*_attention(record), *_transformers()]
+    return [*_attention(record), *_masks(record), *_transformers()]
 
 
 # -- attention -----------------------------------------------------------------------------------------------------
@@ -102,8 +102,7 @@ def _dtype(value: Any) -> Any:
     return value.node.meta["val"].dtype if is_symbolic(value) else value.dtype
 
 
-def _attention(record: Record) -> list[Patch]:
-    plain_forward, plain_function = nn.MultiheadAttention.forward, F.multi_head_attention_forward
+def _masks(record: Record) -> list[Patch]:
     plain_mask, plain_dtype = F._canonical_mask, F._none_or_dtype
 
     def canonical_mask(
@@ -117,6 +116,12 @@ def _attention(record: Record) -> list[Patch]:
 
     def none_or_dtype(value: Any) -> Any:
         return _dtype(value) if is_symbolic(value) else plain_dtype(value)
+
+    return [(F, "_canonical_mask", canonical_mask), (F, "_none_or_dtype", none_or_dtype)]
+
+
+def _attention(record: Record) -> list[Patch]:
+    plain_forward, plain_function = nn.MultiheadAttention.forward, F.multi_head_attention_forward
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not is_symbolic(args, kwargs, self.out_proj.weight):
@@ -170,8 +175,6 @@ def _attention(record: Record) -> list[Patch]:
     return [
         (nn.MultiheadAttention, "forward", forward),
         *everywhere("multi_head_attention_forward", plain_function, function),
-        (F, "_canonical_mask", canonical_mask),
-        (F, "_none_or_dtype", none_or_dtype),
         (torch.backends.mha, "get_fastpath_enabled", lambda: False),
     ]
 
