@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from reparam.ops.maps import Maps, ReplicaMap
 from reparam.passes.call import At, Call, Name
 from reparam.passes.registry import rule
 from reparam.passes.streams import meet
-from reparam.passes.values import Free, Int, Pair, Refuse, Value, student, walk
+from reparam.passes.values import Free, Int, Pair, Value, student, walk
 
 _NAMES = """
     add sub subtract mul multiply div divide true_divide floor_divide remainder fmod pow float_power maximum
@@ -129,9 +128,3 @@ def common_map(call: Call, places: Sequence[Name], axis: int) -> ReplicaMap | No
     if not found or (narrow and (call.ends or size == 1)):
         return None
     return max(found, key=len)
-
-
-@rule(F.bilinear)
-def bilinear(call: Call, *args: Value, **kwargs: Value) -> Value:
-    """Bilinear forms are contracted."""
-    raise Refuse("a bilinear form of two mapped inputs")

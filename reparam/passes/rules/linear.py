@@ -137,6 +137,29 @@ def linear(call: Call, input: Value, weight: Value, bias: Value = None) -> Value
     return _dense(call, channel, 1, out_dim=0, in_dim=1, inner=x.maps.get(channel), outputs=student(weight).shape[0])
 
 
+@rule(F.bilinear, mixing=True)
+def bilinear(call: Call, input1: Value, input2: Value, weight: Value, bias: Value = None) -> Value:
+    """Bilinear form, weight [O, I1, I2], of the last dimensions of two inputs.
+
+    The weight is divided by the replica counts of the first input; the second input by its own.
+    """
+    last = call.pair("input1").ndim - 1
+    for name in ("input1", "input2"):
+        call.narrow(name, [d for d in call.pair(name).maps if d != last])
+    found = [call.pair(name).maps.get(last) for name in ("input1", "input2")]
+    wanted = {0: output_map(call, student(weight).shape[0]), **{d: m for d, m in enumerate(found, 1) if m is not None}}
+    chosen = call.weight("weight", wanted, 0, 1)
+    for dim, name in enumerate(("input1", "input2"), 1):
+        call.align(name, last, chosen.maps.get(dim))
+    if 2 in chosen.maps:
+        call.scale("input2", chosen.maps[2], last, -1.0)
+    phi_out = produced(call, "weight", chosen.maps.get(0) or ReplicaMap.identity(chosen.s.shape[0]))
+    _bias(call, phi_out)
+    value = call.result({last: phi_out})
+    _record(call, chosen, last, 0, 1, position=2)
+    return value
+
+
 def _group_inputs(call: Call, channel: int, groups: int) -> ReplicaMap | None:
     """Give the input a map that is the same in every group; returns the map inside a group."""
     x = call.pair("input")
@@ -223,7 +246,7 @@ def _depthwise(call: Call, channel: int, groups: int, multiplier: int, weight_di
     return value
 
 
-def _record(call: Call, weight: Pair, channel: int, out_dim: int, in_dim: int) -> None:
+def _record(call: Call, weight: Pair, channel: int, out_dim: int, in_dim: int, position: int = 1) -> None:
     """Tell the planner what became of this layer: a multiply-add per weight and output (transposed: input) place."""
     node = call.node
     transposed = "transpose" in str(getattr(node.target, "__name__", node.target))
@@ -231,5 +254,5 @@ def _record(call: Call, weight: Pair, channel: int, out_dim: int, in_dim: int) -
     batch = places.shape[0] if channel > 0 else 1
     positions = places.numel() // max(places.shape[channel] * batch, 1)
     counts = (positions * weight.s.numel(), positions * weight.t.numel())
-    source = _argument(node, 1, "weight", None)
+    source = _argument(node, position, "weight", None)
     record_layer(call.planner, node, node.all_input_nodes[0], source, weight, (out_dim, in_dim), counts)
