@@ -4,10 +4,13 @@ import argparse
 
 import numpy as np
 import pytest
+from training import facts
 
 from reparam.distill.command import add_arguments, config_from, run
 from reparam.distill.config import TrainConfig, options
 from reparam.distill.methods import Distiller, distiller, distillers, get_distiller
+from reparam.distill.ranges import cut_off
+from reparam.distill.report import opening
 from reparam.errors import InputError
 
 
@@ -100,6 +103,23 @@ def test_options_without_effect_are_refused(line, message):
 def test_a_recipe_may_hold_settings_that_another_method_leaves_unused():
     config = config_from(parser().parse_args("--recipe digits/resnet8_w8-gpd --method baseline".split()))
     assert config.baseline
+
+
+@pytest.mark.parametrize(
+    ("line", "note"),
+    [
+        ("--recipe cifar100/resnet20-baseline", None),
+        ("--recipe cifar100/resnet20-baseline --epochs 60 --milestones 37,45,52", None),
+        ("--recipe cifar100/resnet20-baseline --epochs 60 --schedule cosine", None),
+        ("--recipe cifar100/resnet20-baseline --epochs 60", "--milestones 150,180,210 with --epochs 60: the run ends"),
+        ("--epochs 1 --schedule step", "--decay-epochs 1.0 with --epochs 1: the run ends before the first decay"),
+    ],
+)
+def test_a_shorter_run_says_what_it_leaves_out(line, note):
+    config = config_from(parser().parse_args(line.split())).resolved()
+    assert [text.startswith(note or "") for text in cut_off(config)] == ([] if note is None else [True])
+    shown = opening(config, facts(), {"student": 10, "teacher": None}, "cpu")
+    assert ("note     " in shown) == (note is not None)
 
 
 @pytest.mark.parametrize(

@@ -315,6 +315,16 @@ def test_negatives_are_uniform_over_the_other_classes(labels):
     assert not torch.equal(drawn, module.draw(indices))
 
 
+def test_crd_agrees_with_other_processes_again_behind_a_roll_back():
+    """They share memory and normalisers in the first step after any state was taken up."""
+    module = crd()
+    state = copy.deepcopy(module.state_dict())
+    module(torch.randn(2, 3).double(), torch.randn(2, 6).double(), torch.arange(2))
+    assert module._shared
+    module.load_state_dict(state)
+    assert not module._shared
+
+
 def test_crd_tells_images_apart_after_training():
     torch.manual_seed(0)
     teacher = torch.randn(20, 6)

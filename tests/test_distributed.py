@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
-from training import NETS, last_state, metrics
+from training import NETS, assert_same_run, last_state, metrics
 from two_processes import codes, two_processes
 
 from reparam.cli import main
@@ -161,8 +161,9 @@ def accidents(place):
         "stop": ({"what": "nan", "rank": 1, "step": 7}, ["--on-nan", "stop"], 1),
         "rollback": ({"what": "nan", "rank": 1, "step": 7}, ["--on-nan", "rollback"], 1),
         "give-up": ({"what": "nan", "rank": 1, "step": 7}, ["--on-nan", "rollback"], 100),
-        "term": ({"what": "term", "rank": 1, "step": 7}, [], 1),
-        "term, go on": (None, ["--resume", "auto"], 1),
+        "term": ({"what": "term", "rank": 1, "step": 7}, ["--ema", "0.9"], 1),
+        "term, go on": (None, ["--ema", "0.9", "--resume", "auto"], 1),
+        "whole": (None, ["--ema", "0.9"], 1),
     }
     jobs = []
     for name, (accident, words, times) in kinds.items():
@@ -203,6 +204,13 @@ def test_one_process_that_is_asked_to_stop_stops_both(accidents, place):
     assert found["term"] == (143, 143), said
     assert found["term, go on"] == (0, 0), said
     assert json.loads((place / "term" / "summary.json").read_text())["steps"] == 15
+
+
+def test_going_on_within_an_epoch_is_the_same_run(accidents, place):
+    """Each process has norm statistics of its own until the epoch ends."""
+    assert_same_run(place / "whole", place / "term")
+    saved = torch.load(place / "term-1.pt", weights_only=True)
+    assert any("running" in key for key in saved["owner"]) and saved["ema"]
 
 
 @pytest.mark.parametrize("again", ["forked", pytest.param("torchrun", marks=pytest.mark.thorough)])

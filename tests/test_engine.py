@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from training import (
 
 import reparam
 from reparam.distill import runs
+from reparam.distill.averages import Averages
 from reparam.distill.config import TrainConfig
 from reparam.distill.data import load_source
 from reparam.distill.methods import get_distiller
@@ -412,6 +414,36 @@ def test_average_is_the_hand_written_one(method, warmup):
     assert differing(found, owner.state_dict())
 
 
+class Masked(nn.Module):
+    """A mask of -inf, a weight of two names, and complex numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.second.weight = self.first.weight
+        self.spectrum = nn.Parameter(torch.randn(2, dtype=torch.complex64))
+        self.register_buffer("mask", torch.full((3, 3), -torch.inf).triu(1))
+        self.register_buffer("count", torch.tensor(0))
+
+
+def test_average_of_tensors_that_are_no_plain_numbers():
+    torch.manual_seed(0)
+    model = Masked()
+    average = Averages(model, 0.9, warmup=False)
+    before = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += torch.randn_like(parameter)
+        model.count += 5
+    average.update(model)
+    for name, value in average.module.state_dict().items():
+        if name in ("mask", "count"):
+            assert torch.equal(value, getattr(model, name))
+        else:
+            expected = 0.9 * before[name] + 0.1 * model.state_dict()[name]
+            torch.testing.assert_close(value, expected, msg=name)
+
+
 def test_averaged_networks_are_a_view_on_the_average():
     engine = make_engine(mixed_net(), settings(ema=0.5))
     engine.step(make_batch(), 1, 1, make_meter(engine))
@@ -525,6 +557,16 @@ def test_static_teacher_from_a_file_of_weights(tmp_path, teacher_run):
     assert {value.dtype for value in teacher.network.parameters()} == {torch.float64}
     images = make_batch(3).images
     torch.testing.assert_close(teacher.normalised(images), images)
+
+
+def test_a_run_that_has_not_finished_is_no_static_teacher(tmp_path, teacher_run):
+    """Its student may hold random weights; who means them names the file."""
+    example = make_batch(2, dtype=torch.float32).images
+    shutil.copytree(teacher_run, unfinished := tmp_path / "run")
+    (unfinished / "summary.json").unlink()
+    with pytest.raises(InputError, match=r"has not finished: .* Finish it with --resume auto, or name .*safetensors"):
+        load_static_teachers(with_teacher(unfinished, "x"), facts(), example)
+    load_static_teachers(with_teacher(unfinished / "student.safetensors", "x"), facts(), example)
 
 
 def test_static_teachers_that_do_not_fit(tmp_path, teacher_run):

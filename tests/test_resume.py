@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -253,9 +254,9 @@ def test_kept_checkpoints(tmp_path, nets, teacher_run, best, save_steps):
 # Damaged, foreign, hostile -------------------------------------------------------------------------------------------
 
 
-def interrupted(nets, teacher_run, folder, monkeypatch, after=10):
+def interrupted(nets, teacher_run, folder, monkeypatch, after=10, **changes):
     """A run that was stopped with several checkpoints, and its settings."""
-    config = settings("gpd", nets, teacher_run, folder, resume="auto", save_steps=2)
+    config = settings("gpd", nets, teacher_run, folder, resume="auto", save_steps=2, **changes)
     with monkeypatch.context() as patch:
         stop_after(patch, after)
         with pytest.raises(StoppedError):
@@ -276,6 +277,38 @@ def test_damaged_newest_checkpoint(tmp_path, nets, teacher_run, monkeypatch, cap
     shown = capsys.readouterr().out
     assert f"skipped: checkpoint {found[-1]} is damaged" in shown and f"resume   {found[-2]}: 2 epochs" in shown
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_new_checkpoints_take_the_place_of_damaged_ones(tmp_path, nets, teacher_run, monkeypatch):
+    """Damaged files of later steps must not count as the newest ones."""
+    config, found = interrupted(nets, teacher_run, tmp_path / "run", monkeypatch, after=9, keep_best=2)
+    assert [int(path.name[5:14]) for path in found[-2:]] == [8, 9]
+    for path in found[-2:]:
+        path.write_bytes(b"nothing")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 7)
+        with pytest.raises(StoppedError):
+            train(config)
+    there = [checkpoints.read_checkpoint(path)["steps"] for path in checkpoints.checkpoints(tmp_path / "run")]
+    assert there[-2:] == [6, 7]
+
+
+@pytest.mark.parametrize("steps", [4, 9])
+def test_sent_back_to_a_checkpoint_of_its_own(tmp_path, nets, teacher_run, monkeypatch, steps):
+    """A finished run that goes on from an earlier step is not finished any more."""
+    config = settings("gpd", nets, teacher_run, tmp_path / "run", save_steps=3, keep_best=3)
+    train(config)
+    shutil.copytree(tmp_path / "run", tmp_path / "whole")
+    (back,) = (tmp_path / "run" / checkpoints.FOLDER).glob(f"step-{steps:09d}-*")
+    before = (tmp_path / "run" / "student.safetensors").read_bytes()
+    with monkeypatch.context() as patch:
+        stop_after(patch, steps + 1)
+        with pytest.raises(StoppedError):
+            train(dataclasses.replace(config, resume=str(back)))
+    assert not (tmp_path / "run" / "summary.json").exists() and len(metrics(tmp_path / "run")) == (steps + 1) // 4
+    assert (tmp_path / "run" / "student.safetensors").read_bytes() != before
+    train(dataclasses.replace(config, resume="auto"))
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
 def test_all_checkpoints_damaged(tmp_path, nets, teacher_run, monkeypatch):
@@ -465,7 +498,9 @@ def poison(monkeypatch, number, times=1, where="images"):
 def test_rollback_goes_on_with_other_data(tmp_path, nets, teacher_run, monkeypatch, order, capsys, number):
     config = settings("gpd", nets, teacher_run, tmp_path / "run", on_nan="rollback", save_steps=2, quiet=False)
     poison(monkeypatch, number)
+    started = time.perf_counter()
     summary = train(config)
+    assert 0 < summary["seconds"] <= time.perf_counter() - started
     assert summary["rollbacks"] == 1 and summary["epochs"] == 3
     assert "with another order of the data (1 of 5 rollbacks)" in capsys.readouterr().out
     tries = [indices for steps, indices in order if steps == number]

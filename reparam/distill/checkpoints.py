@@ -136,10 +136,18 @@ def prune(folder: Path, rows: Sequence[Mapping[str, Any]], best: int, newest: in
         leftover.unlink(missing_ok=True)
 
 
-def drop_later(folder: Path, steps: int) -> None:
-    """Remove the checkpoints of a run after that many steps: it was sent back, and they belong to a part given up."""
+def drop_later(folder: Path, steps: int, written: Path | None = None) -> None:
+    """Remove the checkpoints of a run after that many steps: it was sent back, and they belong to a part given up.
+
+    Args:
+        folder: of the run.
+        steps: number of finished steps.
+        written: the checkpoint of just these steps; others of the same are removed as well.
+    """
+    here = f"step-{steps:09d}"
     for path in checkpoints(folder):
-        if path.name[:14] > f"step-{steps:09d}":
+        later, same = path.name[:14] > here, written is not None and path.name[:14] == here and path != written
+        if later or same:
             path.unlink(missing_ok=True)
 
 

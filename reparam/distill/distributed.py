@@ -77,6 +77,14 @@ class Group:
             raise answer[1]
         return answer[0]
 
+    def gather(self, value: Any) -> list[Any]:
+        """Return the values of all processes, in their order."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
     def barrier(self) -> None:
         """Wait for all processes."""
         if self.world > 1:

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from timm.scheduler.scheduler import Scheduler
-from timm.utils import ModelEmaV3, distribute_bn  # type: ignore[attr-defined]
+from timm.utils import distribute_bn  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
+from reparam.distill.averages import Averages
 from reparam.distill.config import TrainConfig
 from reparam.distill.distributed import Group, SyncStatistics
 from reparam.distill.meter import Meter
@@ -50,11 +51,7 @@ class Engine:
         self.learners, self.statics, self.config, self.group = learners, statics, config, group
         self.optimizer, self.scheduler = optimizer, scheduler
         self.scaler = torch.amp.GradScaler(group.device.type, enabled=config.precision == "fp16")
-        self.ema = (
-            ModelEmaV3(learners.owner, decay=config.ema, use_warmup=config.ema_warmup, foreach=True)
-            if config.ema
-            else None
-        )
+        self.ema = Averages(learners.owner, config.ema, config.ema_warmup) if config.ema else None
         self._distributed: nn.Module = learners
         if group.world > 1:
             device_ids = [group.device] if group.device.type == "cuda" else None
@@ -188,6 +185,33 @@ class Engine:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
+
+    def statistics(self) -> list[dict[str, dict[str, Tensor]]]:
+        """Return what differs between processes in the middle of an epoch, by process: their norms' statistics.
+
+        Empty where nothing does. Every process has to ask.
+        """
+        if self.group.world == 1:
+            return []
+        own = {
+            place: {name: buffer.cpu() for name, buffer in network.named_buffers() if buffer.is_floating_point()}
+            for place, network in self._with_statistics().items()
+        }
+        return self.group.gather(own)
+
+    def _with_statistics(self) -> dict[str, nn.Module]:
+        averaged = {} if self.ema is None else {"ema": self.ema.module}
+        return {"owner": self.learners.owner, **averaged}
+
+    def load_statistics(self, saved: Sequence[Mapping[str, Mapping[str, Tensor]]]) -> None:
+        """Give this process its own of the `statistics`; the mean of all where there were others."""
+        if not saved:
+            return
+        of_all = list(saved) if len(saved) != self.group.world else [saved[self.group.rank]]
+        for place, network in self._with_statistics().items():
+            for name, buffer in network.named_buffers():
+                if name in of_all[0][place]:
+                    buffer.copy_(torch.stack([process[place][name] for process in of_all]).mean(0))
 
     def load(self, state: Mapping[str, Any], steps: int) -> None:
         """Go back to a state after that many steps."""

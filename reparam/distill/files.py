@@ -75,6 +75,11 @@ class RunFolder:
         for path in self.path.glob(".*partial*"):
             path.unlink(missing_ok=True)
 
+    def reopen(self) -> None:
+        """Remove what says that the run has finished: it goes on from an earlier step."""
+        for name in (SUMMARY, CURVES):
+            (self.path / name).unlink(missing_ok=True)
+
     def save_networks(self, student: nn.Module, teacher: nn.Module | None, ema: bool = False) -> None:
         """Write the student's file and, if there is a teacher, the teacher's."""
         save_weights(student, self.path / (STUDENT_EMA if ema else STUDENT))

@@ -137,6 +137,13 @@ def check_ranges(config: Any, choices: Mapping[str, tuple[str, ...]]) -> None:
     _check_together(config)
 
 
+_ENDS_BEFORE: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("kd_start_epoch", lambda config: config.kd_start_epoch > config.epochs, "the run ends before that epoch"),
+    ("anneal_epochs", lambda config: config.anneal_epochs >= config.epochs, "the run ends before its second phase"),
+    ("decay_epochs", lambda config: config.decay_epochs >= config.epochs, "the run ends before the first decay"),
+    ("milestones", lambda config: config.milestones[-1] >= config.epochs, "the run ends before the last of them"),
+)
+
 _IDLE: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "ratio kd_weight kd_loss kd_smoothing kd_start_epoch teacher_distill lr_scale",
@@ -166,10 +173,7 @@ _IDLE: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("warmup_lr", lambda config: config.warmup_epochs == 0, "there is no warm-up"),
     ("tau_min", lambda config: config.tau_schedule == "constant", "a constant temperature stays at --tau-max"),
     ("guide_from", lambda config: config.beta == 0, "--beta 0 leaves out the guided loss"),
-    ("kd_start_epoch", lambda config: config.kd_start_epoch > config.epochs, "the run ends before that epoch"),
-    ("anneal_epochs", lambda config: config.anneal_epochs >= config.epochs, "the run ends before its second phase"),
-    ("decay_epochs", lambda config: config.decay_epochs >= config.epochs, "the run ends before the first decay"),
-    ("milestones", lambda config: config.milestones[-1] >= config.epochs, "the run ends before the last of them"),
+    *_ENDS_BEFORE,
 )
 """Settings, when they have no effect, and why."""
 
@@ -186,6 +190,23 @@ def refuse_idle(config: Any, given: Collection[str]) -> None:
         for name in names.split():
             if name in given and idle(config):
                 raise InputError(f"{flag(name)} would have no effect: {reason}")
+
+
+def cut_off(config: Any) -> list[str]:
+    """Say which settings lie behind the end of a run: a recipe's, where ``--epochs`` makes it shorter than it was.
+
+    Args:
+        config: settings with all defaults filled in.
+    """
+    idle = {"kd_start_epoch": not config.gpd, "anneal_epochs": config.anneal_epochs is None}
+    idle |= {"decay_epochs": config.schedule != "step", "milestones": config.schedule != "multistep"}
+    found = []
+    for name, behind, reason in _ENDS_BEFORE:
+        if not idle[name] and behind(config):
+            value = getattr(config, name)
+            shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
+            found.append(f"{flag(name)} {shown} with --epochs {config.epochs}: {reason}")
+    return found
 
 
 def flag(name: str) -> str:

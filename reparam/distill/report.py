@@ -9,6 +9,7 @@ from typing import Any
 
 from reparam.distill.config import TrainConfig
 from reparam.distill.loaders import Facts
+from reparam.distill.ranges import cut_off
 from reparam.errors import InputError
 
 
@@ -85,7 +86,8 @@ def opening(
         lines.append(f"teacher  none: the {'plain ' if not extra else ''}student{extra} alone (--method baseline)")
     recipe = f"{config.epochs} epochs, batch {config.batch_size}, {config.optimizer}, lr {config.lr:g}"
     places = f"{device}, {processes} processes" if processes > 1 else device
-    return "\n".join([*lines, f"recipe   {recipe}, {config.schedule} schedule, seed {config.seed}, {places}"])
+    lines.append(f"recipe   {recipe}, {config.schedule} schedule, seed {config.seed}, {places}")
+    return "\n".join([*lines, *(f"note     {reason}" for reason in cut_off(config))])
 
 
 def closing(summary: Mapping[str, Any], folder: Path) -> str:

@@ -80,6 +80,7 @@ def save(run: Run) -> None:
         TrainingError: a file could not be written; what was there before is intact.
     """
     meter = run.meter.state()
+    statistics = run.engine.statistics() if run.step else []
     if not run.group.main:
         return
     state = {
@@ -90,10 +91,13 @@ def save(run: Run) -> None:
         "statics": [static.fingerprint for static in run.engine.statics],
         "saved": run.saved,
         "meter": meter,
+        "statistics": statistics,
         "rows": run.folder.rows,
     }
     try:
-        checkpoints.write_checkpoint(run.folder.path, run.steps, state)
+        written = checkpoints.write_checkpoint(run.folder.path, run.steps, state)
+        # What is there of this step or a later one is damaged, or of a part that was given up.
+        checkpoints.drop_later(run.folder.path, run.steps, written)
         write_results(run)
         checkpoints.prune(run.folder.path, run.folder.rows, run.config.keep_best)
     except OSError as error:
@@ -103,9 +107,9 @@ def save(run: Run) -> None:
         ) from error
 
 
-def write_results(run: Run) -> None:
-    """Write what is made from the state at the end of an epoch."""
-    if run.group.main and run.step == 0:
+def write_results(run: Run, sent_back: bool = False) -> None:
+    """Write what is made from the state at the end of an epoch; also within one where the run was sent back there."""
+    if run.group.main and (run.step == 0 or sent_back):
         run.folder.write_metrics()
         save_networks(run.folder, run.engine)
         run.saved = run.epoch
@@ -130,6 +134,7 @@ def take_up(run: Run, found: checkpoints.Found, quiet: bool = False) -> None:
             "ones of that run with --teacher-checkpoint and --assistant-checkpoint (config.json has them)"
         )
     run.engine.load(state, state["steps"])
+    run.engine.load_statistics(state.get("statistics", []))
     run.epoch, run.step, run.steps, run.order = (state[name] for name in ("epoch", "step", "steps", "order"))
     run.saved = run.epoch if run.step == 0 else state.get("saved", run.epoch)
     run.seconds = state["seconds"]
@@ -144,12 +149,13 @@ def take_up(run: Run, found: checkpoints.Found, quiet: bool = False) -> None:
 
 def roll_back(run: Run, reason: str) -> None:
     """Go back to the last checkpoint, with another order of the data so that the same does not happen again."""
-    order = run.order + 1
+    order, seconds = run.order + 1, counts(run)["seconds"]
     found = run.group.decide(lambda: checkpoints.latest(run.folder.path))
     if found is None:
         raise TrainingError(f"{reason}; there is no checkpoint to roll back to")
     take_up(run, found, quiet=True)
     run.order = order
+    run.seconds, run.started = seconds, time.perf_counter()
     run.progress.say(
         f"{reason}: back to step {run.steps}, with another order of the data ({order} of {MOST_ROLLBACKS} rollbacks)"
     )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from reparam.distill.config import TrainConfig
 from reparam.distill.evaluate import count_parameters
-from reparam.distill.files import CONFIG, STUDENT, read_entries
+from reparam.distill.files import CONFIG, STUDENT, SUMMARY, read_entries
 from reparam.distill.loaders import Facts
 from reparam.distill.methods.base import Outputs
 from reparam.distill.students import build, check_fit, grown
@@ -208,9 +208,14 @@ def _normalisation(network: nn.Module, facts: Facts, run: dict[str, Any] | None,
 
 
 def _read_run(option: str, path: Path, spec: str, model: str, widen: int | None) -> dict[str, Any]:
-    """Return the facts about the data of the run in ``path``, whose student has to be ``model``."""
+    """Return the facts about the data of the finished run in ``path``, whose student has to be ``model``."""
     if not (path / CONFIG).is_file() or not (path / STUDENT).is_file():
         raise InputError(f"{option}-checkpoint {path} is no output folder of a run: it lacks {CONFIG} or {STUDENT}")
+    if not (path / SUMMARY).is_file():
+        raise InputError(
+            f"{option}-checkpoint {path} is a run that has not finished: its {STUDENT} is that of an earlier epoch, or "
+            f"from before the first one. Finish it with --resume auto, or name {path / STUDENT} if that is meant"
+        )
     found, data = read_entries(path / CONFIG, "config", "data")
     if (found.get("model"), found.get("widen")) != (model, widen):
         wide = f" widened by {found['widen']}" if found.get("widen") else ""

@@ -102,8 +102,9 @@ def _begin(run: Run, found: checkpoints.Found | None, command: Sequence[str]) ->
     if run.group.main:
         run.folder.sweep()
         if run.config.resume != "auto":
+            run.folder.reopen()
             checkpoints.drop_later(run.folder.path, run.steps)
-        write_results(run)
+        write_results(run, sent_back=run.config.resume != "auto")
 
 
 # An epoch ------------------------------------------------------------------------------------------------------------

@@ -122,6 +122,7 @@ class CRD(nn.Module):
         self.register_buffer("teacher_memory", F.normalize(torch.randn(images, width)))
         self.register_buffer("estimate", torch.full((2,), math.inf))
         self._shared = False
+        self.register_load_state_dict_post_hook(_share_again)
         for name, table in zip(("order", "start", "size"), _classes(images, labels), strict=True):
             self.register_buffer(name, table, persistent=False)
 
@@ -206,6 +207,11 @@ class CRD(nn.Module):
         last = torch.where(indices[:, None] == indices, places, -1).amax(1)
         renewed = self.momentum * promote(memory[indices]) + (1 - self.momentum) * promote(vectors)[last]
         memory[indices] = unit(renewed).to(memory.dtype)
+
+
+def _share_again(loss: CRD, _keys: object) -> None:
+    """Behind a roll-back all processes have to agree on memory and normalisers once more."""
+    loss._shared = False
 
 
 def _processes() -> int:
