@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from reparam.passes.restore import unchanged
+from reparam.passes.seeds import draws_kept
 from reparam.passes.skeleton import rebuild, to_meta
 
 
@@ -95,7 +96,7 @@ def _to_meta(value: Any) -> Any:
 def run_module_on_meta(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Run a module with meta parameters on meta inputs; its state is not changed."""
     args, kwargs = pytree.tree_map(_to_meta, (tuple(args), dict(kwargs)))
-    on_meta = (unchanged(module), _plain_tensors_on_meta(module), _quick_norms(), _autocast_of_meta())
+    on_meta = (unchanged(module), draws_kept(), _plain_tensors_on_meta(module), _quick_norms(), _autocast_of_meta())
     with torch.no_grad(), torch.device("meta"), contextlib.ExitStack() as stack:
         for context in on_meta:
             stack.enter_context(context)
@@ -144,7 +145,7 @@ def run_leaf_on_meta(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str
             raise
     module = rebuild(module, lambda _name, tensor: torch.zeros_like(tensor, device="cpu"))
     args, kwargs = pytree.tree_map(_to_zeros, (tuple(args), dict(kwargs)))
-    with torch.no_grad():
+    with torch.no_grad(), draws_kept():
         return pytree.tree_map(_to_meta, module(*args, **kwargs))
 
 

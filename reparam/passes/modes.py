@@ -144,7 +144,8 @@ def _compare(a: Any, b: Any, place: Place, same: dict[fx.Node, fx.Node]) -> list
     if type(a) is not type(b):
         return None
     if isinstance(a, slice):
-        return [] if a == b else None
+        ends, others = (a.start, a.stop, a.step), (b.start, b.stop, b.step)  # sizes that the graph computes among them
+        return [] if _compare(ends, others, place, same) == [] else None
     if isinstance(a, dict):
         keys = list(a) if list(a) == list(b) else None
     elif isinstance(a, (tuple, list)):

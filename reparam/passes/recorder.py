@@ -8,11 +8,12 @@ from typing import Any
 from torch import fx, nn
 
 from reparam.passes.answers import Answers, name_of
+from reparam.passes.carried import attributes_left, refuse_draws
 from reparam.passes.memory import signature
 from reparam.passes.meta import Unknown
 from reparam.passes.modes import BranchOnTraining, choose, differences, put, require_mode
 from reparam.passes.proxies import iter_nodes, nodes_of
-from reparam.passes.restore import refuse_assigned_buffers, restore
+from reparam.passes.restore import refuse_assigned_buffers, restore, snapshot
 
 
 class Recorder(Answers):
@@ -20,13 +21,15 @@ class Recorder(Answers):
 
     outputs: dict[str, list[Any]]
     _cache: dict[str, fx.Proxy]
+    _repeating = False
 
     def recorded(self, m: nn.Module, forward: Callable[[], Any], mark: fx.Node | None, state: dict[str, Any]) -> Any:
         """Run ``forward``; where it branches on a training flag, in both modes."""
         try:
-            result = forward()
+            result = refuse_draws(m, forward)
             self.check_known(mark)
             refuse_assigned_buffers(m)
+            self.refuse_state(m, forward, state, mark, result)
             return result
         except BranchOnTraining as branch:
             if branch.target in self.flags:
@@ -42,6 +45,42 @@ class Recorder(Answers):
             if self.path[-1] not in self.specialised:
                 raise fx.proxy.TraceError(f"{branch}, and does other things in train mode") from branch
             return self._in_one_mode(m, branch.target, forward, mark, state)
+
+    def refuse_state(
+        self, m: nn.Module, forward: Callable[[], Any], before: dict[str, Any], mark: fx.Node | None, result: Any
+    ) -> None:
+        """Refuse a forward that does something else in its next call, because of what this one left in attributes.
+
+        Args:
+            m: the module.
+            forward: its call.
+            before: the `snapshot` of the module in front of it.
+            mark: the last node in front of what was recorded.
+            result: what the call returned.
+
+        Raises:
+            TraceError: it does; names the attributes.
+        """
+        left = {} if self._repeating else attributes_left(m, before)
+        if not left:
+            return
+        kept, last, first = snapshot(m), self.last_node(), self._nodes_after(mark)
+        vars(m).update(left)
+        self._repeating = True
+        try:
+            again = forward()
+            alike = differences(first, self._nodes_after(last), (nodes_of(result), nodes_of(again))) == []
+        except Exception:
+            alike = False
+        finally:
+            self._repeating = False
+            self.rollback(last)
+            restore(m, kept)
+        if not alike:
+            raise fx.proxy.TraceError(
+                f"{type(m).__name__} keeps state in {', '.join(sorted(left))}, and a graph would repeat that of now; "
+                "keep it in a buffer that is changed in place, or in a submodule that stays as it is"
+            )
 
     def _merged(
         self, m: nn.Module, target: str, forward: Callable[[], Any], mark: fx.Node | None, state: dict[str, Any]

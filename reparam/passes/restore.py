@@ -16,7 +16,7 @@ _HOLDERS = ("_buffers", "_parameters", "_modules")
 def snapshot(module: nn.Module) -> dict[str, Any]:
     """Return the attributes of a module, for ``restore``."""
     # Code may also keep results in a dict (a cache of attention biases).
-    return {name: value.copy() if type(value) is dict else value for name, value in vars(module).items()}
+    return {name: value.copy() if type(value) in (dict, list) else value for name, value in vars(module).items()}
 
 
 def restore(module: nn.Module, state: dict[str, Any]) -> None:

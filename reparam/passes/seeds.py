@@ -7,6 +7,8 @@ on the CPU and then trained on a GPU would draw the same dropout with every seed
 from __future__ import annotations
 
 import contextlib
+import random
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -38,3 +40,26 @@ def seed(number: int, device: torch.device) -> None:
         module: Any = torch.get_device_module(device)
         index = module.current_device() if device.index is None else device.index
         module.default_generators[index].manual_seed(number)
+
+
+def draws() -> tuple[Any, ...]:
+    """Return the state of the CPU's generators, which tells whether code has drawn: Python's, NumPy's and torch's."""
+    numpy: Any = sys.modules.get("numpy")
+    name, key, *rest = numpy.random.get_state() if numpy is not None else ("", b"")
+    state = torch.default_generator.get_state().numpy().tobytes()
+    return random.getstate(), name, bytes(key), tuple(rest), state
+
+
+@contextlib.contextmanager
+def draws_kept() -> Iterator[None]:
+    """Put the CPU's generators back to where they were: Python's, NumPy's and torch's."""
+    numpy: Any = sys.modules.get("numpy")
+    python, torchs = random.getstate(), torch.default_generator.get_state()
+    numpys = None if numpy is None else numpy.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        torch.default_generator.set_state(torchs)
+        if numpys is not None:
+            numpy.random.set_state(numpys)

@@ -10,11 +10,13 @@ from torch import Tensor, fx, nn
 
 from reparam.errors import InputError
 from reparam.ops.block import module_at
+from reparam.passes.example import inputs_from_json
+from reparam.passes.interface import Interface
 from reparam.passes.parts import HOST, host_of
 from reparam.passes.plan import Plan
 from reparam.passes.program import Program
 
-_NOT_COPIED = ("_graph", "_views", "_skeleton", "_programs", "meta", "_code", "_shell", HOST)
+_NOT_COPIED = ("_graph", "_views", "_skeleton", "_programs", "_interface", "meta", "_code", "_shell", HOST)
 _METHODS = ("no_weight_decay", "no_weight_decay_keywords", "group_matcher")
 
 
@@ -52,6 +54,7 @@ class Teacher(fx.GraphModule):
         self._skeleton = (skeleton,)
         # One program; or two, for eval and train mode, where the student's own forward branches on its mode.
         self._programs = tuple(programs)
+        self._interface = Interface(skeleton.forward, inputs_from_json(plan.inputs), plan.model)
         # In a tuple as well: the view's parameters are this module's, it must be no submodule either.
         self._views: tuple[Any, ...] = ()
         # Of the student's class, over this module's own tensors: it runs what Python code of that class is needed.
@@ -80,6 +83,14 @@ class Teacher(fx.GraphModule):
                 return (in_train if module.training else in_eval)(module, *args, **kwargs)
 
             type(self).forward = forward
+        interface = self.__dict__.get("_interface")
+        if interface is not None and not interface.plain:
+            graph_forward = type(self).forward
+
+            def called(module: Teacher, *args: Any, **kwargs: Any) -> Any:
+                return graph_forward(module, *interface.bind(args, kwargs))
+
+            type(self).forward = called
         if HOST in self.__dict__:
             # Python code takes what it always took, also inputs that the example left out (detection targets).
             type(self).forward = lambda module, *args, **kwargs: module.__dict__[HOST](*args, **kwargs)

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from reparam.passes.carried import refuse_draws
 from reparam.passes.functionalize import chunk, drop_unused, functionalize, refuse_new_weights, setitem
 from reparam.passes.intrinsics import intrinsics
 from reparam.passes.memory import Memory, remember, remembered, shapes_of, signature
@@ -31,6 +32,7 @@ from reparam.passes.modes import refuse, require, require_mode
 from reparam.passes.proxies import HintProxy, nodes_of, proxies_have_types, source_line
 from reparam.passes.recorder import Recorder
 from reparam.passes.restore import refuse_assigned_buffers, restore, snapshot
+from reparam.passes.seeds import draws_kept
 from reparam.passes.skeleton import named_tensors, to_meta
 from reparam.passes.state import function_key
 from reparam.passes.values import plain
@@ -138,7 +140,7 @@ class ModelTracer(Recorder):
         states = [(module, snapshot(module)) for module in root.modules()]
         _TRACERS.append(self)
         try:
-            patches = _training_property(), _listed_tensors(), proxies_have_types()
+            patches = _training_property(), _listed_tensors(), proxies_have_types(), draws_kept()
             with contextlib.ExitStack() as stack:
                 for patch in (*patches, intrinsics(self._intrinsic, self._function)):
                     stack.enter_context(patch)
@@ -166,7 +168,14 @@ class ModelTracer(Recorder):
         kwargs = {name: self._placeholder(name, value) for name, value in self.example_kwargs.items()}
 
         def call(root: nn.Module) -> Any:
-            return root_fn(root, *args, **kwargs)
+            before, mark = snapshot(root), self.last_node()
+
+            def forward() -> Any:
+                return root_fn(root, *args, **kwargs)
+
+            result = refuse_draws(root, forward)
+            self.refuse_state(root, forward, before, mark, result)
+            return result
 
         return call, [self.root]
 

@@ -1,0 +1,118 @@
+"""What a forward carries from call to call outside of parameters and buffers: plain attributes, random numbers.
+
+A graph has neither. A counter, a recurrent state kept in an attribute or a number drawn by Python would be that of the
+recording for ever, so code that depends on one is not recorded. Caches are no state: what follows from sizes and
+weights alone is computed anew by the graph.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from reparam.passes.proxies import iter_nodes, nodes_of
+from reparam.passes.seeds import draws
+
+_HOLDERS = ("_buffers", "_parameters", "_modules")
+
+
+class Left:
+    """Stands for what an earlier call left in an attribute: whoever looks at it depends on that call."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise fx.proxy.TraceError(f"it reads {name} of a value that an earlier call left behind")
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Refuse."""
+        raise fx.proxy.TraceError(f"it gives a value that an earlier call left behind to {function}")
+
+
+def attributes_left(module: nn.Module, before: dict[str, Any]) -> dict[str, Any]:
+    """Return the plain attributes that a call changed, and what the next one finds there, to tell state from caches.
+
+    A number stays, values of the inputs become `Left`, and caches (of sizes, weights, constants) are taken away.
+
+    Args:
+        module: the module, behind the call.
+        before: its `snapshot` in front of it.
+    """
+    changed = {
+        name: value
+        for name, value in vars(module).items()
+        if name not in _HOLDERS and not name.startswith("_tensor_constant") and not _same(before.get(name), value)
+    }
+    found: dict[str, Any] = {}
+    caches = {name for name, value in changed.items() if _is_cache(value)}
+    for name, value in changed.items():
+        if name in caches or (caches and isinstance(value, bool)):  # a flag that says that the cache is there
+            found[name] = copy.copy(before.get(name))  # which the next call may change
+        else:
+            found[name] = Left() if _of_inputs(value) else value
+    return found
+
+
+def _same(before: Any, value: Any) -> bool:
+    if before is value and type(value) is not list:
+        return True
+    if type(before) is not type(value):
+        return False
+    if isinstance(value, (int, float, str)):
+        return bool(before == value)
+    if type(value) in (list, dict):
+        items = (list(v.values()) if isinstance(v, dict) else v for v in (before, value))
+        return len(before) == len(value) and all(a is b for a, b in zip(*items, strict=True))
+    return False
+
+
+def _is_cache(value: Any) -> bool:
+    holds = any(isinstance(leaf, Tensor) or issubclass(type(leaf), fx.Proxy) for leaf in _leaves(value))
+    return holds and not _of_inputs(value)
+
+
+def _of_inputs(value: Any) -> bool:
+    return any(_depends_on_inputs(node) for node in iter_nodes(nodes_of(value)))
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _leaves(item)
+    else:
+        yield value
+
+
+def _depends_on_inputs(node: fx.Node) -> bool:
+    """Whether the values of an input go into a node, not only their sizes and devices."""
+    stack, seen = [node], set()
+    while stack:
+        current = stack.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        if current.op == "placeholder":
+            return True
+        query = current.target is getattr or current.target in ("size", "dim", "numel")
+        stack += [] if query else current.all_input_nodes
+    return False
+
+
+def refuse_draws(module: nn.Module, forward: Callable[[], Any]) -> Any:
+    """Run ``forward`` and return what it returns.
+
+    Raises:
+        TraceError: it drew random numbers that are no operators of the graph.
+    """
+    before = draws()
+    result = forward()
+    if draws() != before:
+        raise fx.proxy.TraceError(
+            f"{type(module).__name__} draws random numbers in Python (random, numpy, or torch with constant sizes), "
+            "which a graph would repeat for ever; draw them with the sizes of a tensor, as torch.rand_like does"
+        )
+    return result
