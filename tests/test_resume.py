@@ -165,6 +165,7 @@ def test_slow_steps_are_looked_after_one_by_one(monkeypatch):
             looked.append(number)
             looks.looked(looks.seconds())
     assert looked == [1, 11, 21, 31, 41, 43, 45, 47, *range(48, 60)]
+    assert looks.due()
     looks.looked(0.0)
     assert [looks.due() for _ in range(10)] == [False] * 9 + [True]
 

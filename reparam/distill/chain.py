@@ -8,6 +8,7 @@ works between the stages and inside each of them.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def _check_stages(stages: Sequence[TrainConfig], source: Source, group: Group) -
     weights_of(student, get_distiller(student.distiller or ""))
     for stage in stages:
         settings = dataclasses.replace(stage.resolved(), quiet=True)
-        if group.decide(lambda settings=settings: finished(settings)) is None:
+        if group.decide(functools.partial(finished, settings)) is None:
             check_start(settings, source, group)
 
 
