@@ -4,7 +4,8 @@
     python benchmarks/compare_training.py --data fashion-mnist:DIR --limit-train 10000
 
 Takes every option of ``reparam train`` and writes one JSON file into benchmarks/results/ (or ``--result FILE``). Paths
-on the measuring machine are left out of it: of ``--data`` only the kind is kept.
+on the measuring machine are left out of it: of ``--data`` only the kind is kept. Stopped by SIGTERM, the same command
+goes on with ``--output`` and ``--resume auto``.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from reparam.distill import files
 from reparam.distill.command import add_arguments, config_from
 from reparam.distill.compare import compare
 from reparam.distill.distributed import resolve_device
+from reparam.errors import StoppedError
 
 
 def main() -> int:
@@ -33,9 +35,14 @@ def main() -> int:
     config = config_from(arguments)
     kind = config.data.partition(":")[0]
     name = f"compare_training-{kind}-{config.model.rpartition(':')[2]}-{config.epochs}-epochs.json"
+    kept = config.output
     with tempfile.TemporaryDirectory() as folder:
-        config = dataclasses.replace(config, output=config.output or str(Path(folder, "runs")))
-        content = compare(config, arguments.seeds or (0, 1, 2))
+        config = dataclasses.replace(config, output=kept or str(Path(folder, "runs")))
+        try:
+            content = compare(config, arguments.seeds or (0, 1, 2))
+        except StoppedError as error:
+            print(error if kept else "stopped by SIGTERM; only with --output is there a way to go on")
+            return 143
     origin = record.provenance(command(kind, "compare_training.py"), resolve_device(config.device))
     target = arguments.result or record.RESULTS / name
     files.write_json(target, {**_without_paths(content, kind), **origin})

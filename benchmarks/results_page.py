@@ -100,13 +100,16 @@ def _training(data: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for arm in data["arms"]:
-        seeds = ", ".join(map(str, arm["seeds"]))
+        seeds = ", ".join([*map(str, arm["seeds"]), *(f"{run['seed']} failed" for run in arm.get("failed", ()))])
         scores = ", ".join(f"{score:.2f}" for score in arm["student_top1"])
         teacher = f"{sum(arm['teacher_top1']) / len(arm['teacher_top1']):.2f}" if arm["teacher_top1"] else ""
-        seconds = sum(arm["seconds"]) / len(arm["seconds"])
+        seconds = f"{sum(arm['seconds']) / len(arm['seconds']):.0f}" if arm["seconds"] else ""
+        mean = "" if arm["mean"] is None else f"{arm['mean']:.2f}"
         std = "" if arm["std"] is None else f"{arm['std']:.2f}"
-        cells = (arm["name"], seeds, scores, f"{arm['mean']:.2f}", std, teacher, f"{seconds:.0f}")
+        cells = (arm["name"], seeds, scores, mean, std, teacher, seconds)
         lines.append(f"| {' | '.join(cells)} |")
+    if verdict is None:
+        return "\n".join([*lines, "\nNo verdict: of GPD or of all baselines no run finished.\n"])
     difference, error = verdict["difference"], verdict["standard_error"]
     line = f"\nGPD minus the best baseline ({verdict['best_baseline']}): {difference:+.2f} points"
     if error is None:

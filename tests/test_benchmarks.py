@@ -39,6 +39,16 @@ def test_a_comparison_of_one_seed_has_no_error(results_page):
     assert "one seed says nothing about chance" in text and "None" not in text and "standard error" not in text
 
 
+def test_a_comparison_in_which_runs_failed(results_page):
+    (path, *_) = (BENCHMARKS / "results").glob("compare_training-*.json")
+    data = json.loads(path.read_text())
+    empty = {"seeds": [], "student_top1": [], "mean": None, "std": None, "teacher_top1": None, "seconds": []}
+    data["arms"][0] |= {**empty, "failed": [{"seed": 7, "error": "the student's loss is nan"}]}
+    data["verdict"] = None
+    text = results_page._training(data)
+    assert "| 7 failed |" in text and "No verdict" in text and "None" not in text
+
+
 def test_every_result_is_on_a_page(results_page):
     kinds = [kind for sections in results_page.PAGES.values() for kind in sections]
     elsewhere = ("coverage",)  # has a page of its own

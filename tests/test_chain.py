@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import signal
 import warnings
 
 import pytest
@@ -18,7 +20,7 @@ from reparam.distill.data import Facts, load_source
 from reparam.distill.methods import Batch, Outputs, get_distiller, weights_of
 from reparam.distill.networks import make_learners, make_networks, parts
 from reparam.distill.statics import StaticTeacher
-from reparam.errors import InputError, StoppedError
+from reparam.errors import InputError, ReparamError, StoppedError
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 
@@ -351,6 +353,45 @@ def test_stop_in_the_first_stage_names_the_folder_of_all(config, source, tmp_pat
     monkeypatch.setattr(chain, "train", stopped)
     with pytest.raises(StoppedError, match=f"assistant 1 of 1 .* --resume auto --output {tmp_path / 'run'}$"):
         train_all(config, source=source)
+
+
+def test_signal_at_the_very_end_of_a_stage_stops_before_the_next(config, source, tmp_path, monkeypatch):
+    """Nobody looks at it any more in that stage; at the end of the last one there is nothing left to stop."""
+    finish = trainer.finish
+
+    def late(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return finish(*arguments)
+
+    monkeypatch.setattr(trainer, "finish", late)
+    with pytest.raises(StoppedError, match=f"after assistant 1 of 1 .* --resume auto --output {tmp_path / 'run'}$"):
+        train_all(config, source=source)
+    assert (tmp_path / "run" / "assistant-1-cifar_resnet8" / "summary.json").is_file()
+    assert not (tmp_path / "run" / "config.json").exists()
+    assert train_all(dataclasses.replace(config, resume="auto"), source=source)["epochs"] == 2
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "cifar_resnett8"}, "cifar_resnett8"),
+        ({"checkpoint": "nowhere.safetensors"}, "nowhere.safetensors"),
+        ({"model": "NETS:nine"}, "returns 9 logits, but digits has 10 classes"),
+        ({"method": "gpd+gapkd", "branches": "repvg"}, "repvg"),
+        ({"method": "takd", "assistant": "cifar_resnet8,cifar_resnett8"}, "cifar_resnett8"),
+        ({"output": "s_e,tau=4"}, "--output s_e,tau=4: .* name a folder without a comma"),
+    ],
+)
+def test_mistakes_are_found_before_the_first_stage(config, source, tmp_path, monkeypatch, changes, message):
+    (tmp_path / "nets.py").write_text(
+        "from torch import nn\n\ndef nine():\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 9))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    changes = {name: value.replace("NETS", str(tmp_path / "nets.py")) for name, value in changes.items()}
+    monkeypatch.setattr(chain, "train", lambda *_args, **_kwargs: pytest.fail("a stage was started"))
+    with pytest.raises(ReparamError, match=message):
+        train_all(dataclasses.replace(config, **changes), source=source)
 
 
 def test_output_of_another_run_is_refused_before_the_first_stage(config, source, tmp_path, monkeypatch):

@@ -82,6 +82,10 @@ def test_options_reach_the_settings():
             "--prefactor --beta 0 --method gapkd --teacher t --assistant a",
             "--prefactor would have no effect: --beta 0 leaves",
         ),
+        (
+            "--assistant-epochs 3 --assistant-checkpoint a --method gapkd --teacher t --assistant a",
+            "--assistant-epochs would have no effect: the assistants are trained already",
+        ),
         ("--ema-warmup", "--ema-warmup would have no effect: there is no --ema"),
         ("--nesterov --optimizer adamw", "--nesterov would have no effect"),
         ("--milestones 3,6", "--milestones would have no effect"),

@@ -9,7 +9,7 @@ import torch
 import torchvision
 from PIL import Image
 
-from reparam.distill.data import Arrays, Folders, balanced_subset, load_source
+from reparam.distill.data import Arrays, Folders, balanced_subset, load_source, load_test
 from reparam.errors import DataError
 
 
@@ -153,6 +153,40 @@ def test_folder_without_a_split(tmp_path):
     spec = write_folder(tmp_path, splits=("train",))
     with pytest.raises(DataError, match=r"needs train/ and val/ \(or test/\).*val is missing"):
         load_source(spec)
+
+
+def test_test_images_alone(tmp_path):
+    """Nothing of training needs to exist; the images and labels are those that a run would be tested on."""
+    both = [write_npz(tmp_path / "both.npz"), write_folder(tmp_path / "both"), f"fashion-mnist:{tmp_path / 'f'}"]
+    write_fashion(tmp_path / "f", False)
+    whole = [load_source(spec) for spec in both]
+    for path in (tmp_path / "f").glob("train-*"):
+        path.unlink()
+    alone = [write_npz(tmp_path / "test.npz", x_train=None, y_train=None)]
+    alone += [write_folder(tmp_path / "alone", splits=("test",)), both[2]]
+    for spec, expected in zip(alone, whole, strict=True):
+        found = load_test(spec, len(expected.classes))
+        assert found.classes == expected.classes and found.in_chans == expected.in_chans
+        if isinstance(found, Arrays):
+            assert torch.equal(found.x_test, expected.x_test) and torch.equal(found.y_test, expected.y_test)
+        else:
+            assert found.test.targets == expected.test.targets
+    assert torch.equal(load_test("digits", 10).x_test, load_source("digits").x_test)
+
+
+@pytest.mark.parametrize(
+    ("spec", "classes", "message"),
+    [
+        ("digits", 9, "data 'digits' has 10 classes, and the networks tell 9 apart"),
+        ("FOLDER", 3, "has 2 classes, and the networks tell 3 apart"),
+        ("NPZ", 3, "y_test has labels from 0 to 3, the training data has classes 0 to 2"),
+        ("nope", 3, "unknown data 'nope'"),
+    ],
+)
+def test_test_images_of_other_classes(tmp_path, spec, classes, message):
+    made = {"FOLDER": write_folder(tmp_path, splits=("val",)), "NPZ": write_npz(tmp_path / "a.npz")}
+    with pytest.raises(DataError, match=message):
+        load_test(made.get(spec, spec), classes)
 
 
 def test_folder_with_a_class_without_images(tmp_path):

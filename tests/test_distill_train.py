@@ -4,6 +4,9 @@ import copy
 import csv
 import dataclasses
 import json
+import os
+import re
+import signal
 
 import pytest
 import torch
@@ -11,11 +14,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 import reparam
-from reparam.distill import files, finish
+from reparam.cli import main
+from reparam.distill import compare as comparing
+from reparam.distill import files, finish, trainer
 from reparam.distill.compare import arms, compare
 from reparam.distill.config import TrainConfig
 from reparam.distill.data import load_source
 from reparam.distill.distributed import resolve_device
+from reparam.distill.engine import Engine
 from reparam.distill.models import CifarResNet
 from reparam.distill.networks import make_networks
 from reparam.distill.optim import load_state, make_optimizer
@@ -338,7 +344,89 @@ def test_comparison(tmp_path, config, capsys):
     assert "GPD minus the best baseline" in shown and "seed 1  baseline lr 0.4" in shown
 
 
+@pytest.fixture
+def short(config, monkeypatch):
+    """A comparison of three runs per seed, one epoch of two steps each, without pictures."""
+    monkeypatch.setattr(finish, "_draw", lambda folder: None)
+    monkeypatch.setattr(comparing, "draw_curves", lambda runs, path: None)
+    return dataclasses.replace(config, epochs=1, limit_train=80, batch_size=40, quiet=False)
+
+
+def diverging(monkeypatch, *places):
+    """Let these runs, of a learning rate and a seed, meet NaN in their first step; return the runs that took steps."""
+    step, seen = Engine.step, []
+
+    def spoiled(self, batch, epoch, steps, meter):
+        place = (self.config.method, self.config.lr, self.config.seed)
+        seen.extend([place] if place not in seen else [])
+        if place in places:
+            batch = dataclasses.replace(batch, images=batch.images * float("nan"))
+        step(self, batch, epoch, steps, meter)
+
+    monkeypatch.setattr(Engine, "step", spoiled)
+    return seen
+
+
+def test_a_run_that_diverges_is_a_result_of_the_comparison(tmp_path, short, capsys, monkeypatch):
+    diverging(monkeypatch, ("baseline", 0.4, 0), ("baseline", 0.1, 0), ("baseline", 0.1, 1))
+    content = compare(short, seeds=(0, 1))
+    assert json.loads((tmp_path / "run" / "comparison.json").read_text())["arms"] == content["arms"]
+    gpd, same, larger = content["arms"]
+    assert (gpd["seeds"], same["seeds"], larger["seeds"]) == ([0, 1], [], [1])
+    assert [run["seed"] for run in same["failed"]] == [0, 1] and same["mean"] is None and gpd["failed"] == []
+    assert "NaN" in larger["failed"][0]["error"] or "nan" in larger["failed"][0]["error"]
+    assert content["verdict"]["best_baseline"] == "baseline lr 0.4"
+    assert content["verdict"]["difference"] == pytest.approx(gpd["mean"] - larger["mean"])
+    without = ["baseline lr 0.1 (seed 0, 1: no run finished)", "baseline lr 0.4 (seed 0)"]
+    assert content["verdict"]["left_out"] == without
+    shown = capsys.readouterr().out
+    assert f"left out, because they failed: {'; '.join(without)}" in shown
+    assert re.search(r"baseline lr 0.1 +FAILED +FAILED +- +- +-", shown)
+    assert "FAILED  baseline lr 0.1, seed 1: " in shown
+
+
+def test_a_comparison_with_nothing_to_compare_has_no_verdict(tmp_path, short, capsys, monkeypatch):
+    diverging(monkeypatch, ("gpd", 0.1, 4))
+    words = ["--epochs", "1", "--limit-train", "80", "--batch-size", "40", "--compare", "--seeds", "4"]
+    assert main(["train", *words, "--output", str(tmp_path / "run")]) == 1
+    assert "no verdict: there is nothing to compare without gpd lr 0.1 (seed 4: no run" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "comparison.json").read_text())["verdict"] is None
+
+
+@pytest.mark.parametrize("when", ["in a run", "at its end"])
+def test_a_comparison_is_stopped_and_goes_on(tmp_path, short, capsys, monkeypatch, when):
+    place = (Engine, "step") if when == "in a run" else (trainer, "finish")
+    work, calls = getattr(*place), []
+
+    def stopping(*arguments):
+        calls.append(None)
+        if len(calls) == (3 if when == "in a run" else 2):  # each time the second run
+            os.kill(os.getpid(), signal.SIGTERM)
+        return work(*arguments)
+
+    words = ["--epochs", "1", "--limit-train", "80", "--batch-size", "40", "--compare", "--seeds", "0"]
+    words = ["train", *words, "--output", str(tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        patch.setattr(*place, stopping)
+        assert main(words) == 143
+    said = "in the run baseline lr 0.1 with seed 0; its state is saved" if when == "in a run" else "after 2 of 3 runs"
+    assert f"stopped by SIGTERM {said}" in (shown := capsys.readouterr().err)
+    assert shown.endswith(f"go on with the same command and --compare --resume auto --output {tmp_path / 'run'}\n")
+    assert main(words) == 2 and "go on with --compare --resume auto" in capsys.readouterr().err
+    assert main([*words, "--resume", "auto", "--lr", "0.2"]) == 2 and "lr was 0.1, is 0.2" in capsys.readouterr().err
+    seen = diverging(monkeypatch)
+    assert main([*words, "--resume", "auto"]) == 0
+    left = [("baseline", 0.1, 0), ("baseline", 0.4, 0)]
+    assert seen == (left if when == "in a run" else left[1:])
+    content = json.loads((tmp_path / "run" / "comparison.json").read_text())
+    assert [arm["seeds"] for arm in content["arms"]] == [[0]] * 3 and content["verdict"]["left_out"] == []
+
+
 def test_comparison_refuses(config):
+    with pytest.raises(InputError, match="--compare takes --resume auto alone"):
+        compare(dataclasses.replace(config, resume="x.ckpt"), seeds=(0,))
+    with pytest.raises(InputError, match="--resume auto looks for a comparison in --output"):
+        compare(dataclasses.replace(config, resume="auto", output=None), seeds=(0,))
     with pytest.raises(InputError, match="--compare runs the baselines itself"):
         compare(dataclasses.replace(config, method="baseline"), seeds=(0,))
     with pytest.raises(InputError, match=r"--seeds needs different numbers .* got \[1, 1\]"):

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from training import NETS, assert_same_run, differences, last_state, metrics, one_teacher
 
 from reparam.cli import main
-from reparam.distill import checkpoints, files, finish, states
+from reparam.distill import checkpoints, evaluate, files, finish, runs, states
 from reparam.distill.config import TrainConfig
 from reparam.distill.engine import Engine
 from reparam.distill.trainer import train
@@ -131,6 +131,43 @@ def test_stopped_and_resumed_is_the_same_run(tmp_path, nets, teacher_run, monkey
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
     whole = json.loads((tmp_path / "whole" / "summary.json").read_text())
     assert whole["table"] == json.loads(json.dumps(summary["table"])) and summary["steps"] == 12
+
+
+def test_stopped_in_the_last_evaluation(tmp_path, nets, teacher_run, monkeypatch):
+    """The evaluation is given up: whoever sends SIGTERM kills the process soon."""
+    measure, calls, seen = evaluate.measure, [], []
+
+    def interrupted(entries, batches, *rest):
+        calls.append(len(calls))
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return measure(entries, (seen.append(len(calls)) or batch for batch in batches), *rest)
+
+    config = settings("gpd", nets, teacher_run, tmp_path / "parts", resume="auto")
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "measure", interrupted)
+        with pytest.raises(StoppedError, match="in epoch 3, after step 4 of 4; the state is saved"):
+            train(config)
+    assert set(seen) == {1, 2} and last_state(tmp_path / "parts")["step"] == 4
+    train(config)
+    train(settings("gpd", nets, teacher_run, tmp_path / "whole"))
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_slow_steps_are_looked_after_one_by_one(monkeypatch):
+    """In several processes that decide together; the time is the largest of all of them."""
+    now = [0.0]
+    monkeypatch.setattr(runs.time, "perf_counter", lambda: now[0])
+    looks, looked = runs.Looks(), []
+    for number in range(1, 60):
+        now[0] += 0.01 if number <= 30 else 0.4 if number <= 45 else 5.0
+        if looks.due():
+            looked.append(number)
+            looks.looked(looks.seconds())
+    assert looked == [1, 11, 21, 31, 41, 43, 45, 47, *range(48, 60)]
+    assert looks.due()
+    looks.looked(0.0)
+    assert [looks.due() for _ in range(10)] == [False] * 9 + [True]
 
 
 def test_runs_with_other_seeds_differ(tmp_path, nets, teacher_run):

@@ -3,6 +3,7 @@
 import builtins
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,9 +12,11 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from test_distill_data import npz_arrays, write_folder, write_npz
 from training import NETS, make_batch, make_engine, make_meter, mixed_net, one_teacher, read_csv, small_net
 
 from reparam.cli import main
+from reparam.distill import evaluation
 from reparam.distill.config import TrainConfig
 from reparam.distill.methods import get_distiller
 from reparam.distill.networks import make_learners
@@ -204,6 +207,63 @@ def test_evaluate_says_that_a_run_has_not_finished(tmp_path, capsys):
     (folder / "summary.json").unlink()
     assert main(["evaluate", str(folder)]) == 0
     assert "the run has not finished (summary.json is missing)" in capsys.readouterr().out
+
+
+def changed_settings(folder, **changes):
+    """Write other settings into config.json of a run, as if another machine had started it."""
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**content, "config": {**content["config"], **changes}}))
+
+
+def evaluated(folder, *words):
+    """The accuracy of the student that ``reparam evaluate`` finds."""
+    table = folder / "table.json"
+    assert main(["evaluate", str(folder), "--json", str(table), *words]) == 0
+    return json.loads(table.read_text())["table"][0]["top1"]
+
+
+@pytest.mark.usefixtures("no_curves")
+def test_evaluate_needs_nothing_that_only_training_has(tmp_path, capsys):
+    """Neither its settings, which may not fit other data or another machine, nor its images."""
+    arrays = npz_arrays(train=64, test=40)
+    arrays["x_test"] = arrays["x_test"] // 2 + 60 * (arrays["y_test"][:, None, None, None] // 2).astype(np.uint8)
+    run, words = tmp_path / "run", ["--limit-train", "48", "--shift", "1", "--batch-size", "8", "--epochs", "2"]
+    data = ["--data", write_npz(tmp_path / "data.npz", **arrays)]
+    assert main(["train", *data, *words, "--method", "baseline", "--quiet", "--output", str(run)]) == 0
+    changed_settings(run, threads=10**6)
+    expected = summary_of(run)["table"][0]["top1"]
+    assert evaluated(run) == expected
+    # The test images of the run, normalised as there although these images have other statistics.
+    rest = write_npz(tmp_path / "rest.npz", **{**arrays, "x_train": None, "y_train": None})
+    assert evaluated(run, "--data", rest) == expected
+    assert 0 <= evaluated(run, "--data", write_folder(tmp_path / "photographs", "abcd", ("val",), size=8)) <= 100
+    for other, message in (
+        (write_folder(tmp_path / "three", "abc", ("test",)), "has 3 classes, and the networks tell 4 apart"),
+        ("npz:" + str(tmp_path / "grey.npz"), "has images of 1 channels, and the networks of .* take 3"),
+        (write_folder(tmp_path / "untested", "abcd", ("train",)), r"needs val/ \(or test/\), each with one folder"),
+    ):
+        write_npz(tmp_path / "grey.npz", **npz_arrays(channels=1))
+        capsys.readouterr()
+        assert main(["evaluate", str(run), "--data", other]) == 2
+        assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.usefixtures("no_curves")
+def test_a_run_on_folders_is_evaluated_on_other_data(tmp_path):
+    spec = write_folder(tmp_path / "folder", "abcd", size=8)
+    words = ["--auto-augment", "rand-m5-mstd0.5", "--repeats", "2", "--crop-scale", "0.5", "--interpolation", "bicubic"]
+    words += ["--image-size", "8", "--max-bad-images", "1", "--batch-size", "4", "--epochs", "1", "--quiet"]
+    assert main(["train", "--data", spec, *words, "--method", "baseline", "--output", str(tmp_path / "run")]) == 0
+    shutil.rmtree(tmp_path / "folder" / "train")
+    assert evaluated(tmp_path / "run") == summary_of(tmp_path / "run")["table"][0]["top1"]
+    assert 0 <= evaluated(tmp_path / "run", "--data", write_npz(tmp_path / "data.npz")) <= 100
+
+
+def test_evaluate_refuses_a_table_that_cannot_be_written_before_it_measures(tmp_path, trained, capsys, monkeypatch):
+    monkeypatch.setattr(evaluation, "_load", lambda *_: pytest.fail("the networks were loaded"))
+    for name in ("nowhere/t.json", "."):
+        assert main(["evaluate", str(trained / "test_vit"), "--json", str(tmp_path / name)]) == 2
+        assert "name a file in a folder that exists" in capsys.readouterr().err
 
 
 # Pictures and events -------------------------------------------------------------------------------------------------

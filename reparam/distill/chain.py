@@ -8,6 +8,7 @@ works between the stages and inside each of them.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from reparam.distill.config import TrainConfig
 from reparam.distill.data import Source, load_source
 from reparam.distill.distributed import Group, joined
 from reparam.distill.methods import get_distiller, weights_of
-from reparam.distill.states import resumed
+from reparam.distill.runs import check_start
+from reparam.distill.signals import termination
+from reparam.distill.states import finished, resumed
 from reparam.distill.statics import GROWN
 from reparam.distill.trainer import train
 from reparam.errors import InputError, StoppedError
@@ -37,36 +40,54 @@ def train_all(config: TrainConfig, command: Sequence[str] = (), source: Source |
 
     Raises:
         InputError: the method has no assistants, needs one, or takes one only.
+        StoppedError: the process got SIGTERM, in a run or between two of them.
         ReparamError: see ``train``.
     """
     _check(config)
     if config.assistant is None or config.assistant_checkpoint is not None:
         return train(config, source=source, command=command)
-    with joined(config.device) as group:  # once for all stages
+    with termination() as asked_to_stop, joined(config.device) as group:  # once for all stages
         output = Path(group.decide(lambda: _output(config)))
         source = source if source is not None else load_source(config.data, config.limit_train)
         names = config.assistant.split(",")
         places = [str(output / f"assistant-{n}-{_as_file(name)}") for n, name in enumerate(names, 1)]
         student = dataclasses.replace(config, output=str(output), assistant_checkpoint=",".join(places))
-        # What cannot work for the student is found before hours of training for it.
-        group.decide(lambda: resumed(student.resolved()))
-        weights_of(student.resolved(), get_distiller(config.distiller or ""))
-        for number, name in enumerate(names, 1):
-            _say(f"assistant {number} of {len(names)}: {name}, in {places[number - 1]}", config, group)
+        stages = [_stage(config, names[:number], places[:number]) for number in range(1, len(names) + 1)]
+        _check_stages([*stages, student], source, group)
+        for number, (name, stage) in enumerate(zip(names, stages, strict=True), 1):
+            which, way_out = f"assistant {number} of {len(names)}", f"go on with --resume auto --output {output}"
+            _say(f"{which}: {name}, in {stage.output}", config, group)
             try:
-                train(_stage(config, names[:number], places[:number]), source=source, command=command)
+                train(stage, source=source, command=command)
             except StoppedError as error:
                 raise StoppedError(
-                    f"stopped by SIGTERM while assistant {number} of {len(names)} was trained; the state is saved, go "
-                    f"on with --resume auto --output {output}"
+                    f"stopped by SIGTERM while {which} was trained; the state is saved, {way_out}"
                 ) from error
+            if group.any(asked_to_stop())[0]:  # too late for the stage, which has finished
+                raise StoppedError(f"stopped by SIGTERM after {which} was trained; {way_out}")
         _say(f"student: {config.model}, in {output}", config, group)
         return train(student, source=source, command=command)
+
+
+def _check_stages(stages: Sequence[TrainConfig], source: Source, group: Group) -> None:
+    """Find what cannot work in any of the runs, the student's last, before hours of training for it."""
+    student = stages[-1].resolved()
+    group.decide(lambda: resumed(student))
+    weights_of(student, get_distiller(student.distiller or ""))
+    for stage in stages:
+        settings = dataclasses.replace(stage.resolved(), quiet=True)
+        if group.decide(functools.partial(finished, settings)) is None:
+            check_start(settings, source, group)
 
 
 def _output(config: TrainConfig) -> str:
     """The folder of the student's run, with those of the assistants inside."""
     if config.output is not None:
+        if "," in config.output:
+            raise InputError(
+                f"--output {config.output}: the folders of the assistants inside are listed with commas between them; "
+                "name a folder without a comma"
+            )
         if config.resume is None:
             files.check_output(config)
         return str(Path(config.output).expanduser())

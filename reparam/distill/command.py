@@ -96,7 +96,10 @@ def config_from(arguments: argparse.Namespace) -> TrainConfig:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Train, or compare, as the parsed options say; return the exit code (1: the extracted student differs)."""
+    """Train, or compare, as the parsed options say; return the exit code.
+
+    1: the extracted student differs, or so many runs of a comparison failed that it has no verdict.
+    """
     if arguments.list_recipes:
         return _list_recipes()
     _require_libraries()
@@ -106,8 +109,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.compare:
         from reparam.distill.compare import compare
 
-        compare(config, arguments.seeds or (0, 1, 2), command=sys.argv)
-        return 0
+        content = compare(config, arguments.seeds or (0, 1, 2), command=sys.argv)
+        return 1 if content["verdict"] is None else 0
     from reparam.distill.chain import train_all
 
     summary = train_all(config, command=sys.argv)

@@ -6,10 +6,7 @@ disk (`Folders`). Turning a source into batches is the business of ``reparam.dis
 
 from __future__ import annotations
 
-import gzip
-import tempfile
-import zipfile
-import zlib
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from reparam.distill.array_files import read_idx, read_npz
 from reparam.errors import DataError, near_matches
 
 
@@ -81,6 +79,10 @@ class Facts:
     flip: bool
 
 
+Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
+"""Mean and standard deviation of each channel, in units of full scale."""
+
+
 class UnreadableImage(DataError):
     """An image file that cannot be decoded.
 
@@ -95,9 +97,6 @@ class UnreadableImage(DataError):
         self.path, self.reason = path, reason
 
 
-_NPZ_NAMES = ("x_train", "y_train", "x_test", "y_test")
-
-
 def load_source(spec: str, limit_train: int | None = None) -> Source:
     """Read the data set that ``spec`` names.
 
@@ -109,24 +108,52 @@ def load_source(spec: str, limit_train: int | None = None) -> Source:
     Raises:
         DataError: unknown kind, missing path, or files that are missing, damaged, empty or inconsistent.
     """
-    kind, separator, path = spec.partition(":")
-    if kind == "digits" and not separator:
-        source: Source = _digits()
-    elif kind in _READERS and path:
-        source = _READERS[kind](Path(path).expanduser())
-    elif kind in _READERS:
-        what = "FILE" if kind == "npz" else "DIR"
-        raise DataError(f"data {spec!r} lacks its path: write {kind}:{what}")
-    else:
-        hint = near_matches(kind, ["digits", *_READERS])
-        known = ", ".join(["digits", *(f"{name}:{'FILE' if name == 'npz' else 'DIR'}" for name in _READERS)])
-        raise DataError(f"unknown data {spec!r}{hint}; known: {known}")
+    source = _read(spec, None)
     if len(source.classes) < 2:
         raise DataError(f"data {spec!r} has one class, {source.classes[0]!r}; there is nothing to tell apart")
     return source if limit_train is None else _limited(source, limit_train)
 
 
-def _digits() -> Arrays:
+def load_test(spec: str, classes: int) -> Source:
+    """Read the test images alone; those of training need not exist, and the source has the test images in their place.
+
+    Args:
+        spec: see `load_source`.
+        classes: how many the networks to be tested tell apart.
+
+    Raises:
+        DataError: see `load_source`; or the data has another number of classes.
+    """
+    source = _read(spec, classes)
+    if len(source.classes) != classes:
+        raise DataError(
+            f"data {spec!r} has {len(source.classes)} classes, and the networks tell {classes} apart; name test data "
+            "with the same classes as the data of the run"
+        )
+    return source
+
+
+def _read(spec: str, tested: int | None) -> Source:
+    """Read both parts of a data set, or the test images alone, for networks with ``tested`` classes."""
+    kind, separator, path = spec.partition(":")
+    if kind == "digits" and not separator:
+        return _digits(tested)
+    if kind in _READERS and path:
+        return _READERS[kind](Path(path).expanduser(), tested)
+    if kind in _READERS:
+        what = "FILE" if kind == "npz" else "DIR"
+        raise DataError(f"data {spec!r} lacks its path: write {kind}:{what}")
+    hint = near_matches(kind, ["digits", *_READERS])
+    known = ", ".join(["digits", *(f"{name}:{'FILE' if name == 'npz' else 'DIR'}" for name in _READERS)])
+    raise DataError(f"unknown data {spec!r}{hint}; known: {known}")
+
+
+def _parts(tested: int | None, train: Any, test: Any) -> tuple[Any, ...]:
+    """What to read; the first part of it is trained on, the last one is the test, and they may be the same."""
+    return (train, test) if tested is None else (test,)
+
+
+def _digits(tested: int | None) -> Arrays:
     """Return scikit-learn's 1,797 digits: 8x8 grey images, half of each class for the test."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -135,19 +162,21 @@ def _digits() -> Arrays:
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
     split = train_test_split(images, digits.target, test_size=0.5, stratify=digits.target, random_state=0)
     x_train, x_test, y_train, y_test = split
-    return _arrays("digits", x_train, y_train, x_test, y_test, shift=1, flip=False)
+    parts = _parts(tested, (x_train, y_train), (x_test, y_test))
+    return _arrays("digits", parts, shift=1, flip=False, classes=[str(digit) for digit in range(10)])
 
 
-def _fashion_mnist(root: Path) -> Arrays:
+def _fashion_mnist(root: Path, tested: int | None) -> Arrays:
     """Read the four idx files, plain or gzipped, in ``root`` or in torchvision's ``root/FashionMNIST/raw``."""
     from torchvision.datasets import FashionMNIST
 
     _require_folder(root, "fashion-mnist")
     folders = [root, root / "raw", root / "FashionMNIST" / "raw"]
-    x_train, x_test = (_read_idx(_idx_file(folders, split, "images"))[..., None] for split in ("train", "t10k"))
-    y_train, y_test = (_read_idx(_idx_file(folders, split, "labels")) for split in ("train", "t10k"))
-    classes = FashionMNIST.classes
-    return _arrays("fashion-mnist", x_train, y_train, x_test, y_test, shift=2, flip=True, classes=classes)
+    splits = _parts(tested, "train", "t10k")
+    images = [read_idx(_idx_file(folders, split, "images"))[..., None] for split in splits]
+    labels = [read_idx(_idx_file(folders, split, "labels")) for split in splits]
+    parts = list(zip(images, labels, strict=True))
+    return _arrays("fashion-mnist", parts, shift=2, flip=True, classes=FashionMNIST.classes)
 
 
 def _idx_file(folders: Sequence[Path], split: str, kind: str) -> Path:
@@ -160,23 +189,7 @@ def _idx_file(folders: Sequence[Path], split: str, kind: str) -> Path:
     raise DataError(f"fashion-mnist: no file {name} or {name}.gz; looked in {looked}")
 
 
-def _read_idx(path: Path) -> np.ndarray:
-    """Read an idx file of images ``[N, H, W]`` or labels ``[N]`` with torchvision, which needs it unpacked."""
-    from torchvision.datasets.mnist import read_image_file, read_label_file
-
-    read = read_image_file if "images" in path.name else read_label_file
-    try:
-        if path.suffix != ".gz":
-            return np.asarray(read(str(path)))
-        with tempfile.TemporaryDirectory() as folder:
-            plain = Path(folder, path.stem)
-            plain.write_bytes(gzip.decompress(path.read_bytes()))
-            return np.asarray(read(str(plain)))
-    except (ValueError, TypeError, KeyError, AssertionError, RuntimeError, EOFError, OSError, zlib.error) as error:
-        raise DataError(f"{path} is damaged or not an idx file: {error or type(error).__name__}") from error
-
-
-def _cifar(name: str, class_name: str, root: Path) -> Arrays:
+def _cifar(name: str, class_name: str, root: Path, tested: int | None) -> Arrays:
     """Read CIFAR's Python version through torchvision, which compares checksums before it unpickles."""
     import torchvision
 
@@ -184,67 +197,36 @@ def _cifar(name: str, class_name: str, root: Path) -> Arrays:
     _require_folder(root, name)
     root = root.parent if root.name == dataset.base_folder else root
     try:
-        train, test = dataset(root, train=True), dataset(root, train=False)
+        read = [dataset(root, train=train) for train in _parts(tested, True, False)]
     except RuntimeError as error:
         raise DataError(
             f"{name}: {root} needs the unpacked folder {dataset.base_folder} with unchanged files "
             f"(from {dataset.url}): {error}"
         ) from error
-    labels = [np.asarray(part.targets) for part in (train, test)]
-    return _arrays(name, train.data, labels[0], test.data, labels[1], shift=4, flip=True, classes=train.classes)
+    parts = [(part.data, np.asarray(part.targets)) for part in read]
+    return _arrays(name, parts, shift=4, flip=True, classes=read[0].classes)
 
 
-def _npz(path: Path) -> Arrays:
-    """Read ``x_train, y_train, x_test, y_test`` from an npz file; pickled content is refused."""
-    if not path.is_file():
-        raise DataError(f"npz: no such file: {path}")
-    try:
-        with path.open("rb") as file:
-            arrays = _read_npz(path, np.load(file, allow_pickle=False))
-    except (ValueError, EOFError, OSError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        if isinstance(error, DataError):
-            raise
-        reason = "it holds pickled objects or is no npz file; write plain arrays with numpy.savez"
-        reason = reason if "pickle" in str(error) else str(error)
-        raise DataError(f"npz: {path} is damaged or not an npz file: {reason}") from error
-    for split in ("train", "test"):
-        _check_npz_split(path, split, arrays[f"x_{split}"], arrays[f"y_{split}"])
-    shift = arrays["x_train"].shape[1] // 8
-    x_train, y_train, x_test, y_test = (arrays[name] for name in _NPZ_NAMES)
-    return _arrays("npz", x_train, y_train, x_test, y_test, shift=shift, flip=False)
+def _npz(path: Path, tested: int | None) -> Arrays:
+    parts = read_npz(path, _parts(tested, "train", "test"))
+    classes = None if tested is None else [str(index) for index in range(tested)]
+    return _arrays("npz", parts, shift=parts[0][0].shape[1] // 8, flip=False, classes=classes)
 
 
-def _read_npz(path: Path, content: Any) -> dict[str, np.ndarray]:
-    if not isinstance(content, np.lib.npyio.NpzFile):
-        raise DataError(f"npz: {path} holds a single array; it needs {', '.join(_NPZ_NAMES)}")
-    missing = [name for name in _NPZ_NAMES if name not in content.files]
-    if missing:
-        raise DataError(f"npz: {path} lacks {', '.join(missing)}; it has {', '.join(content.files) or 'nothing'}")
-    return {name: content[name] for name in _NPZ_NAMES}
-
-
-def _check_npz_split(path: Path, split: str, images: np.ndarray, labels: np.ndarray) -> None:
-    if images.dtype != np.uint8 or images.ndim != 4:
-        raise DataError(
-            f"npz: x_{split} in {path} must be uint8 images [N, H, W, C], got {images.dtype} {list(images.shape)}"
-        )
-    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
-        raise DataError(f"npz: y_{split} in {path} must be integer labels [N], got {labels.dtype} {list(labels.shape)}")
-
-
-def _folder(root: Path) -> Folders:
+def _folder(root: Path, tested: int | None) -> Folders:
     from torchvision.datasets import ImageFolder
 
     _require_folder(root, "folder")
     train_root = root / "train"
     test_root = next((root / name for name in ("val", "test") if (root / name).is_dir()), root / "val")
-    for split in (train_root, test_root):
+    roots = _parts(tested, train_root, test_root)
+    needed = " and ".join(_parts(tested, "train/", "val/ (or test/)"))
+    for split in roots:
         if not split.is_dir():
-            raise DataError(
-                f"folder: {root} needs train/ and val/ (or test/), each with one folder per class; {split} is missing"
-            )
+            raise DataError(f"folder: {root} needs {needed}, each with one folder per class; {split} is missing")
         _check_classes(split)
-    train, test = ImageFolder(train_root, loader=_read_image), ImageFolder(test_root, loader=_read_image)
+    read = [ImageFolder(split, loader=_read_image) for split in roots]
+    train, test = read[0], read[-1]
     if train.classes != test.classes:
         only_train, only_test = set(train.classes) - set(test.classes), set(test.classes) - set(train.classes)
         raise DataError(
@@ -305,22 +287,28 @@ def _require_folder(root: Path, kind: str) -> None:
 
 def _arrays(
     name: str,
-    x_train: np.ndarray,
-    y_train: np.ndarray,
-    x_test: np.ndarray,
-    y_test: np.ndarray,
+    parts: Sequence[tuple[np.ndarray, np.ndarray]],
     shift: int,
     flip: bool,
     classes: Sequence[str] | None = None,
 ) -> Arrays:
-    """Check sizes and labels, and turn images ``[N, H, W, C]`` into tensors ``[N, C, H, W]``."""
+    """Check sizes and labels, and turn images ``[N, H, W, C]`` into tensors ``[N, C, H, W]``.
+
+    Args:
+        name: the kind of data.
+        parts: images and labels, of training and test, or of the test alone (see `_parts`).
+        shift: see `Arrays`.
+        flip: see `Arrays`.
+        classes: their names; default: those that the labels of training count.
+    """
+    (x_train, y_train), (x_test, y_test) = parts[0], parts[-1]
     for split, images, labels in (("train", x_train, y_train), ("test", x_test, y_test)):
         if len(images) == 0 or len(images) != len(labels):
             raise DataError(f"{name}: x_{split} has {len(images)} images and y_{split} {len(labels)} labels")
     if x_train.shape[1:] != x_test.shape[1:]:
         raise DataError(f"{name}: training images are {list(x_train.shape[1:])}, test images {list(x_test.shape[1:])}")
     count = len(classes) if classes is not None else int(max(y_train.max(), 0)) + 1
-    _check_labels(name, y_train, y_test, count)
+    _check_labels(name, y_train if len(parts) > 1 else None, y_test, count)
     names = tuple(classes) if classes is not None else tuple(str(index) for index in range(count))
     train, test = (_channels_first(x_train), _labels(y_train)), (_channels_first(x_test), _labels(y_test))
     return Arrays(name, names, *train, *test, shift=shift, flip=flip)
@@ -334,13 +322,16 @@ def _labels(labels: np.ndarray) -> Tensor:
     return torch.from_numpy(labels.astype(np.int64))
 
 
-def _check_labels(name: str, y_train: np.ndarray, y_test: np.ndarray, count: int) -> None:
-    present = set(np.unique(y_train).tolist())
-    missing = [index for index in range(count) if index not in present]
-    if missing:
-        raise DataError(f"{name}: no training images for class {_listed(missing)} of {count} (classes count from 0)")
+def _check_labels(name: str, y_train: np.ndarray | None, y_test: np.ndarray, count: int) -> None:
+    if y_train is not None:
+        present = set(np.unique(y_train).tolist())
+        missing = [index for index in range(count) if index not in present]
+        if missing:
+            raise DataError(
+                f"{name}: no training images for class {_listed(missing)} of {count} (classes count from 0)"
+            )
     for split, labels in (("y_train", y_train), ("y_test", y_test)):
-        if labels.min() < 0 or labels.max() >= count:
+        if labels is not None and (labels.min() < 0 or labels.max() >= count):
             raise DataError(
                 f"{name}: {split} has labels from {labels.min()} to {labels.max()}, "
                 f"the training data has classes 0 to {count - 1}"
@@ -385,10 +376,10 @@ def _listed(names: Sequence[Any] | set[str]) -> str:
     return ", ".join(shown[:8]) + (f" and {len(shown) - 8} more" if len(shown) > 8 else "") if shown else "none"
 
 
-_READERS: dict[str, Callable[[Path], Source]] = {
+_READERS: dict[str, Callable[[Path, int | None], Source]] = {
     "fashion-mnist": _fashion_mnist,
-    "cifar10": lambda root: _cifar("cifar10", "CIFAR10", root),
-    "cifar100": lambda root: _cifar("cifar100", "CIFAR100", root),
+    "cifar10": functools.partial(_cifar, "cifar10", "CIFAR10"),
+    "cifar100": functools.partial(_cifar, "cifar100", "CIFAR100"),
     "folder": _folder,
     "npz": _npz,
 }

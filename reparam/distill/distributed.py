@@ -53,11 +53,15 @@ class Group:
 
     def any(self, *flags: bool) -> tuple[bool, ...]:
         """Return for each flag whether it is set in any process."""
+        return tuple(bool(value) for value in self.largest(*flags))
+
+    def largest(self, *values: float) -> tuple[float, ...]:
+        """Return for each value the largest in any process."""
         if self.world == 1:
-            return flags
-        found = torch.tensor([float(flag) for flag in flags], device=self.device)
+            return values
+        found = torch.tensor([float(value) for value in values], device=self.device)
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
-        return tuple(bool(value) for value in found.tolist())
+        return tuple(found.tolist())
 
     def decide(self, question: Callable[[], Any]) -> Any:
         """Let the main process answer, and give its answer, or its error, to all.

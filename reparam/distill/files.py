@@ -121,9 +121,10 @@ def check_output(config: TrainConfig, unstarted: bool = False) -> None:
     marks = (SUMMARY, "comparison.json") if unstarted else (CONFIG, SUMMARY, "comparison.json")
     taken = [name for name in marks if (path / name).exists()]
     if taken:
+        again = "--compare --resume auto" if "comparison.json" in taken else "--resume auto"
         raise InputError(
             f"--output {path} holds a run already ({', '.join(taken)}); name another folder, remove it, or go on with "
-            "--resume auto"
+            f"{again}"
         )
 
 

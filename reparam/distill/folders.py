@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from reparam.distill.config import TrainConfig
-from reparam.distill.data import Facts, Folders, UnreadableImage
+from reparam.distill.data import Facts, Folders, Normalisation, UnreadableImage
 from reparam.distill.methods.base import Batch
 from reparam.distill.mixing import make_mixing
 from reparam.distill.sampling import Positions, Shard, generators_kept, make_positions, seed_cpu
@@ -34,10 +34,17 @@ class FolderLoader:
         model: its ``pretrained_cfg``, if any, gives image size and normalisation.
         device: where the batches appear.
         shard: which part of each batch is wanted.
+        normalisation: of the images; default: what ``model`` asks for.
     """
 
     def __init__(
-        self, source: Folders, config: TrainConfig, model: nn.Module, device: torch.device, shard: Shard
+        self,
+        source: Folders,
+        config: TrainConfig,
+        model: nn.Module,
+        device: torch.device,
+        shard: Shard,
+        normalisation: Normalisation | None = None,
     ) -> None:
         from timm.data.config import resolve_model_data_config
 
@@ -49,14 +56,15 @@ class FolderLoader:
         self.steps, self.batch_size = self._positions.steps, self._positions.batch
         described = resolve_model_data_config(model)
         size = config.image_size or described["input_size"][-1]
+        mean, std = normalisation or (described["mean"], described["std"])
         self.facts = Facts(
             name=source.name,
             classes=len(source.classes),
             train_images=len(source.train),
             test_images=len(source.test),
             image_shape=(3, size, size),
-            mean=tuple(described["mean"]),
-            std=tuple(described["std"]),
+            mean=tuple(mean),
+            std=tuple(std),
             shift=None,
             flip=True if config.flip is None else config.flip,
         )

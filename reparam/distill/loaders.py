@@ -6,6 +6,7 @@ processes, the number of training processes and the step where an epoch was star
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from reparam.distill.config import TrainConfig, options
-from reparam.distill.data import Arrays, Facts, Source
+from reparam.distill.data import Arrays, Facts, Normalisation, Source
 from reparam.distill.folders import FolderLoader
 from reparam.distill.methods.base import Batch
 from reparam.distill.ranges import flag
@@ -58,7 +59,12 @@ class Loader(Protocol):
 
 
 def make_loader(
-    source: Source, config: TrainConfig, model: nn.Module, device: torch.device, shard: Shard = WHOLE
+    source: Source,
+    config: TrainConfig,
+    model: nn.Module,
+    device: torch.device,
+    shard: Shard = WHOLE,
+    normalisation: Normalisation | None = None,
 ) -> Loader:
     """Build the loader for ``source``.
 
@@ -68,16 +74,23 @@ def make_loader(
         model: asked for its image size and normalisation if the source is a folder.
         device: where the batches appear.
         shard: which part of each batch this process gets.
+        normalisation: of the images; default: statistics of resident data, for folders what the model asks for.
 
     Raises:
         InputError: a setting has no effect on this kind of data, or the batch cannot be shared among the processes.
     """
     if isinstance(source, Arrays):
         _refuse_folder_settings(config, source.name)
-        return ResidentLoader(source, config, device, shard)
+        return ResidentLoader(source, config, device, shard, normalisation)
     if config.shift is not None:
         raise InputError("--shift is for data sets that fit into memory; images from folders are cropped at random")
-    return FolderLoader(source, config, model, device, shard)
+    return FolderLoader(source, config, model, device, shard, normalisation)
+
+
+def without_idle(config: TrainConfig, source: Source) -> TrainConfig:
+    """Return the settings without those that have no effect on this kind of data."""
+    idle = _FOLDERS_ONLY if isinstance(source, Arrays) else ("shift",)
+    return dataclasses.replace(config, **{name: options()[name][1] for name in idle})
 
 
 def _refuse_folder_settings(config: TrainConfig, name: str) -> None:
@@ -97,4 +110,5 @@ __all__ = [
     "epoch_seed",
     "make_loader",
     "seed_everything",
+    "without_idle",
 ]

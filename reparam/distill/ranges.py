@@ -156,6 +156,7 @@ _IDLE: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "nothing is widened",
     ),
     ("overlap", lambda config: config.distiller is None, "no static teacher answers"),
+    ("assistant_epochs", lambda config: config.assistant_checkpoint is not None, "the assistants are trained already"),
     ("teacher_distill", lambda config: config.distiller is None, "--method has no loss against a static teacher"),
     ("kd_smoothing", lambda config: config.kd_loss != "sce", "it belongs to --kd-loss sce"),
     ("ema_warmup", lambda config: not config.ema, "there is no --ema"),

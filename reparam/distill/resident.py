@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from reparam.distill.config import TrainConfig
-from reparam.distill.data import Arrays, Facts
+from reparam.distill.data import Arrays, Facts, Normalisation
 from reparam.distill.methods.base import Batch
 from reparam.distill.mixing import Erasing, make_mixing
 from reparam.distill.sampling import WHOLE, Shard, make_positions
@@ -23,9 +23,17 @@ class ResidentLoader:
         config: batch size, seed, image size, shift, flip, erasing and mixing are read.
         device: where the images stay and the batches appear.
         shard: which part of each batch is wanted.
+        normalisation: of the images; default: their statistics.
     """
 
-    def __init__(self, source: Arrays, config: TrainConfig, device: torch.device, shard: Shard) -> None:
+    def __init__(
+        self,
+        source: Arrays,
+        config: TrainConfig,
+        device: torch.device,
+        shard: Shard,
+        normalisation: Normalisation | None = None,
+    ) -> None:
         self._positions = make_positions(len(source.x_train), len(source.x_test), config, shard)
         self._mixing = make_mixing(config, len(source.classes))
         self._erasing = Erasing(config.erase) if config.erase else None
@@ -34,7 +42,8 @@ class ResidentLoader:
         self._y_train, self._y_test = source.y_train.to(device), source.y_test.to(device)
         self.labels = source.y_train.cpu()
         self.steps, self.batch_size = self._positions.steps, self._positions.batch
-        mean, std = _statistics(resized[0])  # where the data came from: not every device has float64
+        given = None if normalisation is None else tuple(torch.tensor(values) for values in normalisation)
+        mean, std = given or _statistics(resized[0])  # where the data came from: not every device has float64
         self._mean, self._std = (value.view(1, -1, 1, 1).to(device) for value in (mean, std))
         channels, height, width = self._x_train.shape[1:]
         self.facts = Facts(

@@ -30,6 +30,36 @@ from reparam.distill.students import build_student, check_fit, grown
 from reparam.errors import InputError
 
 
+class Looks:
+    """Says after which steps processes that wait for each other look after their run.
+
+    That is every `MOST` steps, and more often where these take longer than `SECONDS`: whoever sends SIGTERM to
+    processes kills them soon, torchrun after 30 s. What follows depends on steps counted and on a time that all
+    processes have agreed on, so all of them look at the same steps.
+    """
+
+    MOST, SECONDS = 10, 1.0
+
+    def __init__(self) -> None:
+        self._interval = self._left = 1
+        self._since = time.perf_counter()
+
+    def due(self) -> bool:
+        """Count a step; return whether to look after it."""
+        self._left -= 1
+        return self._left <= 0
+
+    def seconds(self) -> float:
+        """Return what the steps since the last look took in this process."""
+        return time.perf_counter() - self._since
+
+    def looked(self, seconds: float) -> None:
+        """Choose the next look by the largest `seconds` of all processes."""
+        steps = self._interval - max(self._left, 0)
+        self._interval = self._left = max(1, min(self.MOST, int(self.SECONDS * steps / max(seconds, 1e-6))))
+        self._since = time.perf_counter()
+
+
 @dataclass
 class Run:
     """Everything alive during a run.
@@ -48,6 +78,8 @@ class Run:
         order: number of rollbacks, which changes the order of the data.
         seconds: of earlier parts of the run.
         meter: of the current epoch.
+        started: when this part of the run began.
+        looks: when to look after it next.
     """
 
     config: TrainConfig
@@ -64,6 +96,7 @@ class Run:
     saved: int = 0
     seconds: float = 0.0
     started: float = field(default_factory=time.perf_counter)
+    looks: Looks = field(default_factory=lambda: Looks())
 
     @property
     def group(self) -> Group:
@@ -85,9 +118,35 @@ def start(
         source: the data, or None to load it.
         group: the processes.
     """
-    check_recordable(config, group)
     source = source if source is not None else load_source(config.data, config.limit_train)
     _set_threads(config, source)
+    loader, blank, networks, example = _learning(config, student, source, group)
+    statics = load_static_teachers(config, loader.facts, example, _in_format(config)) if config.distiller else []
+    engine = assemble(config, networks, statics, example, loader.labels, loader.steps, group)
+    learners = engine.learners
+    folder = RunFolder(group.decide(lambda: open_run_folder(config, check=False).path))
+    progress = report.Progress(config.epochs, loader.steps, config.quiet or not group.main)
+    run = Run(config, engine, loader, folder, progress, blank, Meter(learners.names, group))
+    progress.say(report.opening(config, loader.facts, sizes(networks), str(group.device), group.world))
+    return run
+
+
+def check_start(config: TrainConfig, source: Source, group: Group) -> None:
+    """Build what a run trains, and throw it away: whether that works is to be known before other runs take hours.
+
+    Nothing is asked of static networks, which may not have been trained yet.
+
+    Raises:
+        ReparamError: see ``start``.
+    """
+    _learning(config, None, source, group)
+
+
+def _learning(
+    config: TrainConfig, student: nn.Module | None, source: Source, group: Group
+) -> tuple[Loader, nn.Module, Networks, Tensor]:
+    """Return the data, the student before training, what is trained, and two images."""
+    check_recordable(config, group)
     seed_everything(config.seed)
     student = student if student is not None else build_student(config, len(source.classes), source.in_chans)
     student.to(group.device)
@@ -102,16 +161,7 @@ def start(
         example = example.double()
     if config.widen is not None:
         student = grown(student, config.widen, example, config.noise)
-    blank = copy.deepcopy(student)
-    networks = make_networks(student, example, config)
-    statics = load_static_teachers(config, loader.facts, example, _in_format(config)) if config.distiller else []
-    engine = assemble(config, networks, statics, example, loader.labels, loader.steps, group)
-    learners = engine.learners
-    folder = RunFolder(group.decide(lambda: open_run_folder(config, check=False).path))
-    progress = report.Progress(config.epochs, loader.steps, config.quiet or not group.main)
-    run = Run(config, engine, loader, folder, progress, blank, Meter(learners.names, group))
-    progress.say(report.opening(config, loader.facts, sizes(networks), str(group.device), group.world))
-    return run
+    return loader, copy.deepcopy(student), make_networks(student, example, config), example
 
 
 def assemble(

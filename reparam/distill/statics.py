@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from reparam.distill.config import TrainConfig
+from reparam.distill.data import Facts, Normalisation
 from reparam.distill.evaluate import count_parameters
 from reparam.distill.files import CONFIG, STUDENT, SUMMARY, read_entries
-from reparam.distill.loaders import Facts
 from reparam.distill.methods.base import Outputs
 from reparam.distill.students import build, check_fit, grown
 from reparam.distill.transfer import finest, side_stream
@@ -24,8 +24,6 @@ from reparam.models import TIMM_SCHEMES, load_weights
 
 GROWN = "expand:"
 """How an assistant is named that is the student widened."""
-
-Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 class StaticTeacher:

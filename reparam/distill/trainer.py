@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -124,11 +125,14 @@ def _epoch(run: Run, asked_to_stop: Callable[[], bool]) -> None:
         _watch(run, asked_to_stop)
     _check_finite(run)
     if run.group.any(asked_to_stop())[0]:
-        _stop(run)  # before the evaluation, which may take long
+        _stop(run)
     run.engine.end_epoch()
+    accuracies = _accuracies(run, epoch, asked_to_stop)
+    if run.group.any(asked_to_stop())[0]:
+        _stop(run)  # the epoch still counts as one before its evaluation, which may have been given up
     losses = run.meter.averages(run.loader.steps)
     run.epoch, run.step, run.meter = epoch, 0, Meter(run.engine.learners.names, run.group)
-    row = {"epoch": epoch, "step": run.steps, "lr": lr, **losses, **_accuracies(run)}
+    row = {"epoch": epoch, "step": run.steps, "lr": lr, **losses, **accuracies}
     row["seconds"] = round(time.perf_counter() - started, 3)
     run.folder.rows.append(row)
     if epoch % config.save_epochs == 0 or epoch == config.epochs:
@@ -151,15 +155,16 @@ def _watch(run: Run, asked_to_stop: Callable[[], bool]) -> None:
 
     All processes look at the same steps and decide together. Where looking costs waiting, it is done less often.
     """
-    alone_on_cpu = run.group.world == 1 and run.group.device.type == "cpu"
-    interval = 1 if alone_on_cpu else 10
+    alone = run.group.world == 1
+    look = run.looks.due() or (alone and run.group.device.type == "cpu")
     due = run.config.save_steps is not None and run.steps % run.config.save_steps == 0
-    if run.steps % interval and not due:
-        if run.group.world == 1 and asked_to_stop():
+    if not look and not due:
+        if alone and asked_to_stop():
             _stop(run)
         return
     _check_finite(run, weights=due)
-    (stop,) = run.group.any(asked_to_stop())
+    stop, seconds = run.group.largest(asked_to_stop(), run.looks.seconds())
+    run.looks.looked(seconds)
     if stop:
         _stop(run)
     if due and run.step < run.loader.steps:
@@ -194,12 +199,12 @@ def _check_finite(run: Run, weights: bool = False) -> None:
     )
 
 
-def _accuracies(run: Run) -> dict[str, float | None]:
+def _accuracies(run: Run, epoch: int, asked_to_stop: Callable[[], bool]) -> dict[str, float | None]:
+    """Measure the networks after that epoch, where it is due; without meaning if the process was asked to stop."""
     engine = run.engine
     engine.learners.train(False)
     networks, averaged = engine.networks, engine.averaged()
-    last = run.epoch == run.config.epochs
-    measured = last or run.epoch % run.config.eval_epochs == 0
+    measured = epoch == run.config.epochs or epoch % run.config.eval_epochs == 0
     entries = [evaluate.Entry("student_top1", networks.student)]
     if networks.teacher is not None:
         entries.append(evaluate.Entry("teacher_top1", networks.teacher))
@@ -208,5 +213,6 @@ def _accuracies(run: Run) -> dict[str, float | None]:
     if not measured:
         return {entry.name: None for entry in entries}
     with engine.autocast():
-        rows = evaluate.measure(entries, run.loader.test(), run.group, engine.images)
+        batches = itertools.takewhile(lambda _: not asked_to_stop(), run.loader.test())
+        rows = evaluate.measure(entries, batches, run.group, engine.images)
     return {row.name: row.top1 for row in rows}
