@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from zoo import error, randomise, sample
 
@@ -485,3 +486,45 @@ def test_an_error_that_a_leaf_catches_is_a_branch_of_it(edited: bool) -> None:
         check(model.train(mode), teacher.train(mode), (2, 3, 8, 8), (1, 3, 6, 4))
         with pytest.raises(RuntimeError, match="refuses this input") if edited else contextlib.nullcontext():
             check(model, teacher, (2, 3, 7, 8))
+
+
+class Loop(nn.Module):
+    """Iterates over a tensor that is made from the input."""
+
+    def __init__(self, items: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.items, self.first, self.last = items, nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        for item in self.items(x):
+            y = torch.relu(y + item.mean())
+        return self.last(y)
+
+
+@pytest.mark.parametrize(
+    "items", [lambda x: x, lambda x: x[:, 0], lambda x: x.transpose(0, 1), lambda x: x.flatten(0, 1)]
+)
+def test_iterating_over_samples_or_positions_is_refused(items: Callable[[Tensor], Tensor]) -> None:
+    with pytest.raises(CaptureError, match="control flow depends on the length of"):
+        reparam.plan(Loop(items), 2, example_input=torch.randn(2, 4, 5))
+
+
+def test_a_length_that_no_size_changes_is_a_constant() -> None:
+    torch.manual_seed(0)
+    model = Loop(lambda x: F.linear(x, torch.ones(3, 5)).movedim(-1, 0)).eval()
+    teacher = reparam.expand(model, 2, example_input=torch.randn(2, 4, 5))
+    assert teacher.plan.coverage == 1
+    for shape in ((1, 4, 5), (3, 7, 5)):
+        x = torch.randn(shape)
+        assert torch.allclose(teacher(x), model(x), atol=1e-6)
+
+
+def test_another_length_than_the_recorded_one_is_refused() -> None:
+    torch.manual_seed(0)
+    model = Loop(lambda x: x[:, :4].transpose(0, 1)).eval()  # longer inputs have four items all the same
+    teacher = reparam.expand(model, 2, example_input=torch.randn(2, 4, 5))
+    x = torch.randn(3, 6, 5)
+    assert torch.allclose(teacher(x), model(x), atol=1e-6)
+    with pytest.raises(RuntimeError, match="iterates over a tensor here and was recorded for 4 items"):
+        teacher(torch.randn(2, 3, 5))

@@ -246,12 +246,13 @@ class ModelTracer(Recorder):
         node.meta["module"] = self.path[-1] if self.path else ""
         node.meta["source"] = source_line()
         if kind not in ("placeholder", "output"):
-            node.meta["val"] = self._evaluate(node)
+            node.meta["val"] = self.evaluate(node, lambda n: n.meta["val"])
         refuse_new_weights(node)
         return node
 
-    def _evaluate(self, node: fx.Node) -> Any:
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    def evaluate(self, node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
+        """Compute a node on the meta device, from these values of the nodes in front of it."""
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), value_of)
         args, kwargs = plain(args), plain(kwargs)
         self._evaluating += 1
         try:
