@@ -37,6 +37,7 @@ TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3
 BATCH = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 INSTANCE = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
 C = 8
+MASK = lambda: torch.tensor([1, 0, 1, 1, 0, 1, 1, 0]).bool()
 POSITIONS = lambda: torch.tensor([[[4], [0], [2]]])
 OLD_STYLE = (pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),)
 PROJECTED = (pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),)
@@ -444,6 +445,23 @@ MOVEMENT_ROWS = [
     tokens("index-tensor-ellipsis", lambda x, m: x[..., m.i, :], i=lambda: torch.tensor([1, 0])),
     op("index-list-and-part", lambda x, m: x[:, :, 1:5, [0, 2]]),
     op("index-list-and-part-of-channels", lambda x, m: x[:, 2:, [0, 2]], "part of a widened dimension"),
+    op("mask-channels", lambda x, m: x[:, m.k], k=MASK),
+    op("mask-channels-computed", lambda x, m: x[:, ~m.k] + x[:, m.i % 3 == 0], k=MASK, i=lambda: torch.arange(C)),
+    op("mask-channels-made", lambda x, m: x[:, torch.arange(C) > 2]),
+    op("mask-channels-ellipsis", lambda x, m: x[..., m.k, :, :], k=MASK),
+    op("mask-nonzero", lambda x, m: x.index_select(1, m.k.nonzero().squeeze(1)), k=MASK),
+    op("mask-space", lambda x, m: x[..., m.k], fixed=True, k=MASK),
+    op("mask-two-dims", lambda x, m: x[..., :2, :4][..., m.k.view(2, 4)], k=MASK),
+    op("mask-parameter", lambda x, m: torch.cat([x, x[:, :5] * m.g[m.k].view(-1, 1, 1)], 1), g=(C,), k=MASK),
+    op("setitem-mask", lambda x, m: _filled(x, x > 0.2, 0.5)),
+    op("setitem-mask-other-map", lambda x, m: _filled(x, x.flip(1) > 0.2, m.v), v=()),
+    op("setitem-mask-narrow", lambda x, m: _filled(x, (x.mean(1, True) > 0).expand_as(x), 0.0)),
+    op("setitem-mask-buffer", lambda x, m: _filled(x, (slice(None), m.k), 0.0), k=MASK),
+    op("setitem-mask-samples", lambda x, m: _filled(x, x.mean((1, 2, 3)) > 0, 0.0)),
+    op("setitem-mask-ellipsis", lambda x, m: _filled(x, (..., x.amax((0, 1)) > 0.5), float(C))),
+    op("setitem-mask-positions", lambda x, m: _filled(x, (slice(None), x.mean((0, 2, 3)) > 0), 0.0)),
+    op("setitem-mask-part", lambda x, m: _filled(x, (slice(1), m.k), 0.0), "by a mask together", k=MASK),
+    op("value-of-buffer", lambda x, m: x * m.t[1].item() + sum(x * t for t in m.t.tolist()), t=lambda: torch.rand(3)),
     op("gather", lambda x, m: x.gather(2, x.argsort(2))),
     tokens("gather-tokens", lambda x, m: torch.gather(x, 1, m.at.expand(x.shape[0], -1, x.shape[-1])), at=POSITIONS),
     tokens("gather-constant", lambda x, m: x.gather(1, m.at.repeat(x.shape[0], 1, C)), at=POSITIONS),
@@ -468,6 +486,12 @@ MOVEMENT_ROWS = [
     op("setitem-tensor", lambda x, m: _assign(x, slice(None), slice(0, 1), x[:, :, 1:2])),
     op("meshgrid-positions", lambda x, m: x + torch.arange(x.shape[2], dtype=x.dtype)[:, None]),
 ]  # fmt: skip
+
+
+def _filled(x: Tensor, index: Any, value: Any) -> Tensor:
+    x = x.clone()
+    x[index] = value
+    return x
 
 
 def _assign_view(x: Tensor) -> Tensor:

@@ -60,10 +60,13 @@ class Answers(fx.Tracer):
 
     def concrete(self, proxy: fx.Proxy) -> Any:
         """Answer with the example's value where that is allowed."""
-        value = proxy.node.meta.get("val")
+        name, value = name_of(proxy.node), proxy.node.meta.get("val")
         allowed = self.fixed_training is not None or self.running[-1] in self.specialised
+        if allowed and isinstance(value, Tensor) and value.numel() == 1:
+            proxy = self.create_proxy("call_method", "item", (proxy,), {})
+            value = proxy.node.meta.get("val")  # known where it comes from buffers that nothing writes
         if not allowed or isinstance(value, (Tensor, Unknown)):
-            raise fx.proxy.TraceError(f"{source_line()}: control flow depends on the value of {name_of(proxy.node)}")
+            raise fx.proxy.TraceError(f"{source_line()}: control flow depends on the value of {name}")
         if self.fixed_training is None:
             self._guard(proxy, value)
         return value

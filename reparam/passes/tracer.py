@@ -23,7 +23,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from reparam.passes.functionalize import chunk, drop_unused, functionalize, refuse_new_weights, setitem
+from reparam.passes.constants import known_or_why, known_value, places
+from reparam.passes.functionalize import (
+    chunk,
+    drop_unused,
+    functionalize,
+    is_inplace,
+    refuse_new_weights,
+    setitem,
+    storage,
+)
 from reparam.passes.intrinsics import intrinsics
 from reparam.passes.memory import Memory, remember, remembered, shapes_of, signature
 from reparam.passes.meta import Unknown, has_tensor, run_leaf_on_meta, run_on_meta
@@ -100,6 +109,8 @@ class ModelTracer(Recorder):
         memory: what earlier recordings found out; added to.
         forced: for the analysis of a leaf: the answers to its first branches on sizes; the others are the example's.
             ``decisions`` holds the lines of all of them and what was answered.
+
+    ``deciding`` holds the memory of the buffers whose values decided something.
     """
 
     def __init__(
@@ -127,6 +138,7 @@ class ModelTracer(Recorder):
         self._evaluating = 0
         self._cache: dict[str, fx.Proxy] = {}
         self._names: dict[int, str] = {}
+        self.deciding: set[int] = set()
 
     # -- entry -------------------------------------------------------------------------------------------------
 
@@ -242,13 +254,31 @@ class ModelTracer(Recorder):
             target = setitem
         if (kind, target) == ("call_method", "chunk") or target is torch.chunk:
             kind, target = "call_function", chunk
+        if target is operator.getitem:
+            args = (args[0], places(args[1], self))
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
         node.meta["module"] = self.path[-1] if self.path else ""
         node.meta["source"] = source_line()
         if kind not in ("placeholder", "output"):
             node.meta["val"] = self.evaluate(node, lambda n: n.meta["val"])
+            if isinstance(node.meta["val"], Unknown):
+                node.meta["val"] = known_or_why(node, self.known)
         refuse_new_weights(node)
+        if is_inplace(node) and isinstance(node.args[0], fx.Node) and storage(node.args[0]) in self.deciding:
+            raise fx.proxy.TraceError(f"{source_line()}: {node.args[0].target} decides a size and is written")
         return node
+
+    def known(self, node: fx.Node) -> Any:
+        """Return the value of a node on the CPU.
+
+        Raises:
+            LookupError: it is not known while recording.
+        """
+        self._evaluating += 1
+        try:
+            return known_value(node, self.root, self.deciding)
+        finally:
+            self._evaluating -= 1
 
     def evaluate(self, node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
         """Compute a node on the meta device, from these values of the nodes in front of it."""
