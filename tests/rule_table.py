@@ -129,6 +129,7 @@ FUNCTIONAL_ROWS = [
 
 NORM_ROWS = [
     *[around(f"batch_norm{d}d", lambda d=d: BATCH[d](C), dims=d) for d in (1, 2, 3)],
+    around("batch_norm-cumulative", lambda: nn.BatchNorm2d(C, momentum=None)),
     around("batch_norm-no-affine", lambda: nn.BatchNorm2d(C, affine=False)),
     around("batch_norm-no-statistics", lambda: nn.BatchNorm2d(C, track_running_stats=False)),
     around("sync_batch_norm", lambda: nn.SyncBatchNorm(C)),
@@ -202,7 +203,15 @@ UNARY = """
 POINTWISE_ROWS = [
     *[around(f"act-{k}-{a}".replace(" ", ""), lambda a=a: copy.deepcopy(a)) for k, a in enumerate(ACTIVATIONS)],
     around("softmax-channels", lambda: nn.Softmax(1)),
-    around("log_softmax-channels", lambda: nn.LogSoftmax(dim=1), "would change"),
+    around("log_softmax-channels", lambda: nn.LogSoftmax(dim=1)),
+    around("softmin-channels", lambda: nn.Softmin(dim=1)),
+    op("special.softmax",
+       lambda x, m: torch.special.softmax(x, 1) + torch.special.log_softmax(x, 1) + x.log_softmax(1)),
+    op("log_softmax-uneven", lambda x, m: torch.cat([x, x.mean(1, True)], 1).log_softmax(1)),
+    op("log_softmax-dtype", lambda x, m: F.log_softmax(x, dim=1, dtype=torch.float64)),
+    op("special.expit", lambda x, m: torch.special.expit(x)),
+    op("angle", lambda x, m: torch.angle(x) + torch.complex(x, x.flip(1)).angle()),
+    op("bucketize", lambda x, m: x * torch.bucketize(x, m.t, right=True), t=lambda: torch.tensor([-1.0, 0.1, 2.0])),
     around("softmax2d", lambda: nn.Softmax2d()),
     tokens("softmax-last", lambda x, m: x.softmax(-1)),
     tokens("softmax-tokens", lambda x, m: torch.softmax(x, 1)),
@@ -394,6 +403,9 @@ MOVEMENT_ROWS = [
     op("chunk-fewer", lambda x, m: sum(p.mean(1, keepdim=True) for p in x.chunk(4, -3)) * x, width=5),
     op("tensor_split", lambda x, m: torch.tensor_split(x, 4, 1)[2]),
     op("tensor_split-places", lambda x, m: torch.tensor_split(x, (3, 5), dim=1)[1]),
+    op("hsplit", lambda x, m: operator.mul(*x.hsplit(2)) + torch.hsplit(x, (2, 6))[1]),
+    op("hsplit-uneven", lambda x, m: torch.cat(torch.hsplit(torch.cat([x, x.mean(1, True)], 1), 3)[1:], 1)),
+    op("vsplit-dsplit", lambda x, m: torch.cat(torch.vsplit(torch.cat([x, x]), 2)[0].dsplit(2), 2)),
     op("unbind-space", lambda x, m: torch.stack(x.unbind(2)[:4], 2), fixed=True),
     op("unbind-channels", lambda x, m: torch.stack(torch.unbind(x, 1), 1), "channels"),
     tokens("unbind-qkv", lambda x, m: sum(x.reshape(x.shape[0], x.shape[1], 2, 4).permute(2, 0, 1, 3).unbind(0))),
@@ -602,7 +614,7 @@ REDUCTIONS: dict[str, Any] = {
     "vector_norm-inf": lambda x, d, k: torch.linalg.vector_norm(x, float("inf"), d, k),
     "logsumexp": lambda x, d, k: torch.logsumexp(x, d, k),
 }
-CONTRACTED = {"logsumexp": "would change", "var-unbiased": "unbiased"}
+CONTRACTED = {"var-unbiased": "unbiased"}
 
 REDUCTION_ROWS = [
     op(f"{name}-{where}-keepdim", lambda x, m, f=f, d=d: f(x, d, True) * x,
@@ -616,7 +628,18 @@ REDUCTION_ROWS = [
     op("var-all", lambda x, m: x * x.var() + x.std()),
     op("var-all-correction", lambda x, m: x * x.var(correction=0) + torch.std(x, correction=1)),
     op("var-all-biased", lambda x, m: x * x.var(unbiased=False) + torch.var(x, False)),
-    op("max-dim", lambda x, m: x * x.max(1, keepdim=True)[0] + x.min(dim=1, keepdim=True).values, "positions"),
+    op("max-dim", lambda x, m: x * x.max(1, keepdim=True)[0] + x.min(dim=1, keepdim=True).values),
+    op("max-dim-unpacked", lambda x, m: x * _first(*torch.max(x, 1, True))),
+    op("max-dim-positions", lambda x, m: operator.add(*x.max(1, keepdim=True)) * x, "positions"),
+    op("aminmax", lambda x, m: x * operator.sub(*x.aminmax(dim=1, keepdim=True)) + torch.aminmax(x).max),
+    op("logsumexp-uneven", lambda x, m: x * torch.cat([x, x.mean(1, True)], 1).logsumexp((1, 2), True)),
+    op("special.logsumexp", lambda x, m: x * torch.special.logsumexp(x, 1, keepdim=True)),
+    op("count_nonzero", lambda x, m: x * torch.count_nonzero(x.relu(), (2, 3))[:, :, None, None]),
+    op("count_nonzero-channels", lambda x, m: x * x.relu().count_nonzero(1).unsqueeze(1), "would change"),
+    op("vecdot",
+       lambda x, m: x * torch.linalg.vecdot(x, x.flip(1), dim=1)[:, None] + torch.linalg.vecdot(x, x)[..., None]),
+    op("cross_entropy", lambda x, m: x * F.cross_entropy(x, x.softmax(1)), "a loss over"),
+    op("kl_div", lambda x, m: x * F.kl_div(x.log_softmax(1), x.softmax(1), reduction="batchmean"), "a loss over"),
     op("max-dim-space", lambda x, m: x.max(-1)[0].max(-1).values, tail="linear"),
     op("max-dim-indices", lambda x, m: x * x.max(2, keepdim=True).indices),
     op("argmax", lambda x, m: x * x.argmax(1, keepdim=True), "positions"),
@@ -650,6 +673,10 @@ REDUCTION_ROWS = [
 ]  # fmt: skip
 
 # -- products ----------------------------------------------------------------------------------------------------------
+
+
+def _first(first: Tensor, _second: Tensor) -> Tensor:
+    return first
 
 
 def _attention(x: Tensor, m: Any) -> Tensor:

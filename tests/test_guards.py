@@ -608,3 +608,16 @@ def test_a_mask_that_data_make_is_named() -> None:
 
     with pytest.raises(CaptureError, match=r"test_guards\.py:\d+: getitem: .*nonzero"):
         reparam.plan(Masked(), 2, example_input=torch.randn(2, 3))
+
+
+def test_cumulative_averages_in_train_mode() -> None:
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(8, momentum=None)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.ReLU(), nn.Conv2d(8, 4, 1)).double().train()
+    teacher = reparam.expand(model, 2, example_input=torch.randn(2, 3, 8, 8).double())
+    assert teacher.plan.coverage == 1 and norm.momentum is None
+    for batch in (2, 3, 4):
+        x = torch.randn(batch, 3, 8, 8).double()
+        assert torch.allclose(teacher(x), model(x), atol=1e-12)
+    x = torch.randn(2, 3, 8, 8).double()
+    assert torch.allclose(teacher.eval()(x), model.eval()(x), atol=1e-12)
