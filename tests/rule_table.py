@@ -37,6 +37,7 @@ TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3
 BATCH = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 INSTANCE = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
 C = 8
+MASK = lambda: torch.tensor([1, 0, 1, 1, 0, 1, 1, 0]).bool()
 POSITIONS = lambda: torch.tensor([[[4], [0], [2]]])
 OLD_STYLE = (pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),)
 PROJECTED = (pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),)
@@ -128,6 +129,7 @@ FUNCTIONAL_ROWS = [
 
 NORM_ROWS = [
     *[around(f"batch_norm{d}d", lambda d=d: BATCH[d](C), dims=d) for d in (1, 2, 3)],
+    around("batch_norm-cumulative", lambda: nn.BatchNorm2d(C, momentum=None)),
     around("batch_norm-no-affine", lambda: nn.BatchNorm2d(C, affine=False)),
     around("batch_norm-no-statistics", lambda: nn.BatchNorm2d(C, track_running_stats=False)),
     around("sync_batch_norm", lambda: nn.SyncBatchNorm(C)),
@@ -201,7 +203,15 @@ UNARY = """
 POINTWISE_ROWS = [
     *[around(f"act-{k}-{a}".replace(" ", ""), lambda a=a: copy.deepcopy(a)) for k, a in enumerate(ACTIVATIONS)],
     around("softmax-channels", lambda: nn.Softmax(1)),
-    around("log_softmax-channels", lambda: nn.LogSoftmax(dim=1), "would change"),
+    around("log_softmax-channels", lambda: nn.LogSoftmax(dim=1)),
+    around("softmin-channels", lambda: nn.Softmin(dim=1)),
+    op("special.softmax",
+       lambda x, m: torch.special.softmax(x, 1) + torch.special.log_softmax(x, 1) + x.log_softmax(1)),
+    op("log_softmax-uneven", lambda x, m: torch.cat([x, x.mean(1, True)], 1).log_softmax(1)),
+    op("log_softmax-dtype", lambda x, m: F.log_softmax(x, dim=1, dtype=torch.float64)),
+    op("special.expit", lambda x, m: torch.special.expit(x)),
+    op("angle", lambda x, m: torch.angle(x) + torch.complex(x, x.flip(1)).angle()),
+    op("bucketize", lambda x, m: x * torch.bucketize(x, m.t, right=True), t=lambda: torch.tensor([-1.0, 0.1, 2.0])),
     around("softmax2d", lambda: nn.Softmax2d()),
     tokens("softmax-last", lambda x, m: x.softmax(-1)),
     tokens("softmax-tokens", lambda x, m: torch.softmax(x, 1)),
@@ -393,9 +403,26 @@ MOVEMENT_ROWS = [
     op("chunk-fewer", lambda x, m: sum(p.mean(1, keepdim=True) for p in x.chunk(4, -3)) * x, width=5),
     op("tensor_split", lambda x, m: torch.tensor_split(x, 4, 1)[2]),
     op("tensor_split-places", lambda x, m: torch.tensor_split(x, (3, 5), dim=1)[1]),
+    op("hsplit", lambda x, m: operator.mul(*x.hsplit(2)) + torch.hsplit(x, (2, 6))[1]),
+    op("hsplit-uneven", lambda x, m: torch.cat(torch.hsplit(torch.cat([x, x.mean(1, True)], 1), 3)[1:], 1)),
+    op("vsplit-dsplit", lambda x, m: torch.cat(torch.vsplit(torch.cat([x, x]), 2)[0].dsplit(2), 2)),
     op("unbind-space", lambda x, m: torch.stack(x.unbind(2)[:4], 2), fixed=True),
     op("unbind-channels", lambda x, m: torch.stack(torch.unbind(x, 1), 1), "channels"),
     tokens("unbind-qkv", lambda x, m: sum(x.reshape(x.shape[0], x.shape[1], 2, 4).permute(2, 0, 1, 3).unbind(0))),
+    op("iterate-parameter", lambda x, m: sum(a * x for a in m.w), w=(2,)),
+    op("iterate-zip", lambda x, m: sum(a * f(x) for a, f in zip(F.softmax(m.w, 0), m.f, strict=True)), w=(2,),
+       f=lambda: nn.ModuleList(nn.Conv2d(C, C, 1) for _ in range(2))),
+    op("iterate-enumerate", lambda x, m: sum(a * x**k for k, a in enumerate(m.g)), g=(3, C, 1, 1)),
+    op("iterate-buffer", lambda x, m: sum((b - a) * x for a, b in zip(m.t[:-1], m.t[1:], strict=True)),
+       t=lambda: torch.rand(4)),
+    op("iterate-list", lambda x, m: list(m.g)[1] * x + next(iter(m.g.flip(0))), g=(2, C, 1, 1)),
+    op("iterate-sum", lambda x, m: x * sum(m.g) + operator.mul(*m.g), g=(2, C, 1, 1)),
+    op("iterate-range", lambda x, m: sum(m.w[k] * x for k in range(len(m.w))) / len(m.w), w=(3,)),
+    op("iterate-reversed", lambda x, m: sum(a * x**k for k, a in enumerate(reversed(m.w))), w=(3,)),
+    op("iterate-length", lambda x, m: x * m.g.view(-1, 1, 1) / len(m.g) + x.view(-1, len(m.g), *x.shape[2:]), g=(C,)),
+    op("iterate-view", lambda x, m: sum(p.relu() for p in x.unflatten(1, (2, 4)).transpose(0, 1))),
+    op("iterate-chunks", lambda x, m: torch.cat([p * (k + 1) for k, p in enumerate(torch.stack(x.split(4, 1)))], 1)),
+    op("iterate-channels", lambda x, m: torch.stack([c.relu() for c in x.movedim(1, 0)], 1), "channels"),
     op("narrow", lambda x, m: x.narrow(1, 2, 4)),
     op("torch.narrow", lambda x, m: torch.narrow(x, 1, 0, x.shape[1] // 2)),
     op("slice", lambda x, m: x[:, 2:6]),
@@ -430,6 +457,23 @@ MOVEMENT_ROWS = [
     tokens("index-tensor-ellipsis", lambda x, m: x[..., m.i, :], i=lambda: torch.tensor([1, 0])),
     op("index-list-and-part", lambda x, m: x[:, :, 1:5, [0, 2]]),
     op("index-list-and-part-of-channels", lambda x, m: x[:, 2:, [0, 2]], "part of a widened dimension"),
+    op("mask-channels", lambda x, m: x[:, m.k], k=MASK),
+    op("mask-channels-computed", lambda x, m: x[:, ~m.k] + x[:, m.i % 3 == 0], k=MASK, i=lambda: torch.arange(C)),
+    op("mask-channels-made", lambda x, m: x[:, torch.arange(C) > 2]),
+    op("mask-channels-ellipsis", lambda x, m: x[..., m.k, :, :], k=MASK),
+    op("mask-nonzero", lambda x, m: x.index_select(1, m.k.nonzero().squeeze(1)), k=MASK),
+    op("mask-space", lambda x, m: x[..., m.k], fixed=True, k=MASK),
+    op("mask-two-dims", lambda x, m: x[..., :2, :4][..., m.k.view(2, 4)], k=MASK),
+    op("mask-parameter", lambda x, m: torch.cat([x, x[:, :5] * m.g[m.k].view(-1, 1, 1)], 1), g=(C,), k=MASK),
+    op("setitem-mask", lambda x, m: _filled(x, x > 0.2, 0.5)),
+    op("setitem-mask-other-map", lambda x, m: _filled(x, x.flip(1) > 0.2, m.v), v=()),
+    op("setitem-mask-narrow", lambda x, m: _filled(x, (x.mean(1, True) > 0).expand_as(x), 0.0)),
+    op("setitem-mask-buffer", lambda x, m: _filled(x, (slice(None), m.k), 0.0), k=MASK),
+    op("setitem-mask-samples", lambda x, m: _filled(x, x.mean((1, 2, 3)) > 0, 0.0)),
+    op("setitem-mask-ellipsis", lambda x, m: _filled(x, (..., x.amax((0, 1)) > 0.5), float(C))),
+    op("setitem-mask-positions", lambda x, m: _filled(x, (slice(None), x.mean((0, 2, 3)) > 0), 0.0)),
+    op("setitem-mask-part", lambda x, m: _filled(x, (slice(1), m.k), 0.0), "by a mask together", k=MASK),
+    op("value-of-buffer", lambda x, m: x * m.t[1].item() + sum(x * t for t in m.t.tolist()), t=lambda: torch.rand(3)),
     op("gather", lambda x, m: x.gather(2, x.argsort(2))),
     tokens("gather-tokens", lambda x, m: torch.gather(x, 1, m.at.expand(x.shape[0], -1, x.shape[-1])), at=POSITIONS),
     tokens("gather-constant", lambda x, m: x.gather(1, m.at.repeat(x.shape[0], 1, C)), at=POSITIONS),
@@ -454,6 +498,12 @@ MOVEMENT_ROWS = [
     op("setitem-tensor", lambda x, m: _assign(x, slice(None), slice(0, 1), x[:, :, 1:2])),
     op("meshgrid-positions", lambda x, m: x + torch.arange(x.shape[2], dtype=x.dtype)[:, None]),
 ]  # fmt: skip
+
+
+def _filled(x: Tensor, index: Any, value: Any) -> Tensor:
+    x = x.clone()
+    x[index] = value
+    return x
 
 
 def _assign_view(x: Tensor) -> Tensor:
@@ -564,7 +614,7 @@ REDUCTIONS: dict[str, Any] = {
     "vector_norm-inf": lambda x, d, k: torch.linalg.vector_norm(x, float("inf"), d, k),
     "logsumexp": lambda x, d, k: torch.logsumexp(x, d, k),
 }
-CONTRACTED = {"logsumexp": "would change", "var-unbiased": "unbiased"}
+CONTRACTED = {"var-unbiased": "unbiased"}
 
 REDUCTION_ROWS = [
     op(f"{name}-{where}-keepdim", lambda x, m, f=f, d=d: f(x, d, True) * x,
@@ -578,7 +628,18 @@ REDUCTION_ROWS = [
     op("var-all", lambda x, m: x * x.var() + x.std()),
     op("var-all-correction", lambda x, m: x * x.var(correction=0) + torch.std(x, correction=1)),
     op("var-all-biased", lambda x, m: x * x.var(unbiased=False) + torch.var(x, False)),
-    op("max-dim", lambda x, m: x * x.max(1, keepdim=True)[0] + x.min(dim=1, keepdim=True).values, "positions"),
+    op("max-dim", lambda x, m: x * x.max(1, keepdim=True)[0] + x.min(dim=1, keepdim=True).values),
+    op("max-dim-unpacked", lambda x, m: x * _first(*torch.max(x, 1, True))),
+    op("max-dim-positions", lambda x, m: operator.add(*x.max(1, keepdim=True)) * x, "positions"),
+    op("aminmax", lambda x, m: x * operator.sub(*x.aminmax(dim=1, keepdim=True)) + torch.aminmax(x).max),
+    op("logsumexp-uneven", lambda x, m: x * torch.cat([x, x.mean(1, True)], 1).logsumexp((1, 2), True)),
+    op("special.logsumexp", lambda x, m: x * torch.special.logsumexp(x, 1, keepdim=True)),
+    op("count_nonzero", lambda x, m: x * torch.count_nonzero(x.relu(), (2, 3))[:, :, None, None]),
+    op("count_nonzero-channels", lambda x, m: x * x.relu().count_nonzero(1).unsqueeze(1), "would change"),
+    op("vecdot",
+       lambda x, m: x * torch.linalg.vecdot(x, x.flip(1), dim=1)[:, None] + torch.linalg.vecdot(x, x)[..., None]),
+    op("cross_entropy", lambda x, m: x * F.cross_entropy(x, x.softmax(1)), "a loss over"),
+    op("kl_div", lambda x, m: x * F.kl_div(x.log_softmax(1), x.softmax(1), reduction="batchmean"), "a loss over"),
     op("max-dim-space", lambda x, m: x.max(-1)[0].max(-1).values, tail="linear"),
     op("max-dim-indices", lambda x, m: x * x.max(2, keepdim=True).indices),
     op("argmax", lambda x, m: x * x.argmax(1, keepdim=True), "positions"),
@@ -612,6 +673,10 @@ REDUCTION_ROWS = [
 ]  # fmt: skip
 
 # -- products ----------------------------------------------------------------------------------------------------------
+
+
+def _first(first: Tensor, _second: Tensor) -> Tensor:
+    return first
 
 
 def _attention(x: Tensor, m: Any) -> Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from zoo import error, randomise, sample
 
@@ -485,3 +486,138 @@ def test_an_error_that_a_leaf_catches_is_a_branch_of_it(edited: bool) -> None:
         check(model.train(mode), teacher.train(mode), (2, 3, 8, 8), (1, 3, 6, 4))
         with pytest.raises(RuntimeError, match="refuses this input") if edited else contextlib.nullcontext():
             check(model, teacher, (2, 3, 7, 8))
+
+
+class Loop(nn.Module):
+    """Iterates over a tensor that is made from the input."""
+
+    def __init__(self, items: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.items, self.first, self.last = items, nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        for item in self.items(x):
+            y = torch.relu(y + item.mean())
+        return self.last(y)
+
+
+@pytest.mark.parametrize(
+    "items", [lambda x: x, lambda x: x[:, 0], lambda x: x.transpose(0, 1), lambda x: x.flatten(0, 1)]
+)
+def test_iterating_over_samples_or_positions_is_refused(items: Callable[[Tensor], Tensor]) -> None:
+    with pytest.raises(CaptureError, match="control flow depends on the length of"):
+        reparam.plan(Loop(items), 2, example_input=torch.randn(2, 4, 5))
+
+
+def test_a_length_that_no_size_changes_is_a_constant() -> None:
+    torch.manual_seed(0)
+    model = Loop(lambda x: F.linear(x, torch.ones(3, 5)).movedim(-1, 0)).eval()
+    teacher = reparam.expand(model, 2, example_input=torch.randn(2, 4, 5))
+    assert teacher.plan.coverage == 1
+    for shape in ((1, 4, 5), (3, 7, 5)):
+        x = torch.randn(shape)
+        assert torch.allclose(teacher(x), model(x), atol=1e-6)
+
+
+def test_another_length_than_the_recorded_one_is_refused() -> None:
+    torch.manual_seed(0)
+    model = Loop(lambda x: x[:, :4].transpose(0, 1)).eval()  # longer inputs have four items all the same
+    teacher = reparam.expand(model, 2, example_input=torch.randn(2, 4, 5))
+    x = torch.randn(3, 6, 5)
+    assert torch.allclose(teacher(x), model(x), atol=1e-6)
+    with pytest.raises(RuntimeError, match="iterates over a tensor here and was recorded for 4 items"):
+        teacher(torch.randn(2, 3, 5))
+
+
+class Chosen(nn.Module):
+    """Takes the channels that a mask chooses."""
+
+    def __init__(self, mask: list[int]) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.tensor(mask, dtype=torch.bool))
+        self.last = nn.Linear(sum(mask), 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.last(x[:, self.mask])
+        return x.relu() if x.shape[0] > 2 else x  # a leaf: the graph inside it is analysed
+
+
+def test_equal_modules_with_other_masks() -> None:
+    torch.manual_seed(0)
+    masks = [1, 0, 1, 1, 0, 1, 1, 0], [0, 1, 0, 1, 0, 1, 1, 1], [1, 1, 1, 0, 0, 0, 0, 0]
+    model = nn.Sequential(nn.Linear(3, 8), *map(Chosen, masks), nn.Linear(8, 2)).double().eval()
+    teacher = reparam.expand(model, 2, example_input=torch.randn(2, 3).double())
+    for batch in (1, 3):
+        x = torch.randn(batch, 3).double()
+        assert torch.allclose(teacher(x), model(x), atol=1e-12)
+
+
+class Number(nn.Module):
+    """Uses a number that is read from a buffer or parameter."""
+
+    def __init__(self, number: Callable[[Number], float]) -> None:
+        super().__init__()
+        self.number, self.first, self.last = number, nn.Linear(3, 8), nn.Linear(8, 2)
+        self.register_buffer("scale", torch.tensor([0.5, 2.0]))
+        self.register_buffer("calls", torch.tensor(1.0))
+        self.weight = nn.Parameter(torch.ones(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(self.first(x)) * self.number(self))
+
+
+def counted(m: Number) -> float:
+    m.calls += 1
+    return float(m.calls)
+
+
+def counted_later(m: Number) -> float:
+    before = float(m.calls)
+    m.calls.add_(1)
+    return before
+
+
+def test_a_number_from_a_buffer_is_guarded() -> None:
+    torch.manual_seed(0)
+    model = Number(lambda m: float(m.scale[0]) if (m.scale > 0).all() else 0.0).eval()
+    teacher = reparam.expand(model, 2, example_input=torch.randn(2, 3))
+    assert teacher.plan.coverage == 1
+    x = torch.randn(3, 3)
+    assert torch.allclose(teacher(x), model(x), atol=1e-6)
+    teacher.scale[0] = 0.25  # type: ignore[index, operator]
+    with pytest.raises(AssertionError, match=r"was recorded for 0\.5"):
+        teacher(x)
+
+
+@pytest.mark.parametrize("number", [counted, counted_later, lambda m: float(m.weight[0])])
+def test_a_number_that_changes_is_refused(number: Callable[[Number], float]) -> None:
+    with pytest.raises(CaptureError, match="control flow depends on the value of"):
+        reparam.plan(Number(number), 2, example_input=torch.randn(2, 3))
+
+
+def test_a_mask_that_data_make_is_named() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            return self.last(x[x.mean(1) > 0])
+
+    with pytest.raises(CaptureError, match=r"test_guards\.py:\d+: getitem: .*nonzero"):
+        reparam.plan(Masked(), 2, example_input=torch.randn(2, 3))
+
+
+def test_cumulative_averages_in_train_mode() -> None:
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(8, momentum=None)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.ReLU(), nn.Conv2d(8, 4, 1)).double().train()
+    teacher = reparam.expand(model, 2, example_input=torch.randn(2, 3, 8, 8).double())
+    assert teacher.plan.coverage == 1 and norm.momentum is None
+    for batch in (2, 3, 4):
+        x = torch.randn(batch, 3, 8, 8).double()
+        assert torch.allclose(teacher(x), model(x), atol=1e-12)
+    x = torch.randn(2, 3, 8, 8).double()
+    assert torch.allclose(teacher.eval()(x), model.eval()(x), atol=1e-12)

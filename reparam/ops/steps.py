@@ -101,7 +101,25 @@ class Positions:
         return f"positions of {self.ratio} replicas"
 
 
-Step = Realign | Scale | DivideInt | Positions
+@dataclass(frozen=True)
+class Shift:
+    """Add one number: a logarithm of a sum over replicas is larger by the logarithm of their number."""
+
+    amount: float
+
+    def build(self) -> nn.Module:
+        """Return the module that runs this step."""
+        return Add(self.amount)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON value."""
+        return {"step": "shift", "amount": self.amount}
+
+    def __str__(self) -> str:
+        return f"add {self.amount:g}"
+
+
+Step = Realign | Scale | DivideInt | Positions | Shift
 
 
 def step_from_json(data: dict[str, Any]) -> Step:
@@ -115,6 +133,8 @@ def step_from_json(data: dict[str, Any]) -> Step:
         return DivideInt(int(data["divisor"]), int(data["factor"]))
     if kind == "positions":
         return Positions(int(data["ratio"]))
+    if kind == "shift":
+        return Shift(float(data["amount"]))
     raise ValueError(f"unknown step {kind!r}")
 
 
@@ -206,6 +226,22 @@ class Multiply(nn.Module):
     def extra_repr(self) -> str:
         """Show the factor."""
         return f"factor={self.factor}" if self.dim is None else f"dim={self.dim}"
+
+
+class Add(nn.Module):
+    """Add a constant."""
+
+    def __init__(self, amount: float) -> None:
+        super().__init__()
+        self.amount = amount
+
+    def forward(self, value: Tensor) -> Tensor:
+        """Return the shifted value in its own dtype."""
+        return value + self.amount
+
+    def extra_repr(self) -> str:
+        """Show the amount."""
+        return f"amount={self.amount}"
 
 
 class FloorDivide(nn.Module):

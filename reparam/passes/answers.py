@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
+from reparam.passes.lengths import inputs_behind, is_fixed
 from reparam.passes.memory import Memory
 from reparam.passes.meta import Unknown
 from reparam.passes.modes import BranchOnTraining, refuse, require
@@ -28,18 +30,43 @@ class Answers(fx.Tracer):
     decisions: list[tuple[str, bool]]
 
     def length(self, proxy: fx.Proxy) -> int:
-        """Answer ``len(value)``: of a tuple always, of a tensor only for analysis (it is a batch size)."""
+        """Answer ``len(value)``: of a tuple always, of a tensor where no input size changes it."""
         value = proxy.node.meta.get("val")
         if isinstance(value, (tuple, list, dict)):
             return len(value)
-        return len(self.concrete(proxy))
+        if not isinstance(value, Tensor) or not value.dim():
+            return len(self.concrete(proxy))
+        length = value.shape[0]
+        if inputs_behind(proxy.node):
+            if not is_fixed(proxy.node, self.evaluate):
+                name = name_of(proxy.node)
+                raise fx.proxy.TraceError(f"{source_line()}: control flow depends on the length of {name}")
+            self._check_length(proxy, length)
+        return length
+
+    def evaluate(self, node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
+        """Compute a node on the meta device, from these values of the nodes in front of it."""
+        raise NotImplementedError
+
+    def _check_length(self, proxy: fx.Proxy, length: int) -> None:
+        """Let the teacher refuse a tensor of another length. A leaf runs its own code, which follows any length."""
+        known = proxy.node.meta.get("length")
+        if self.fixed_training is not None or (known is not None and not known._erased):
+            return
+        message = f"{source_line()}: the network iterates over a tensor here and was recorded for {length} items"
+        shape: Any = proxy.shape
+        equal = shape[0] == length
+        proxy.node.meta["length"] = self.create_proxy("call_function", refuse, (equal, True, message), {}).node
 
     def concrete(self, proxy: fx.Proxy) -> Any:
         """Answer with the example's value where that is allowed."""
-        value = proxy.node.meta.get("val")
+        name, value = name_of(proxy.node), proxy.node.meta.get("val")
         allowed = self.fixed_training is not None or self.running[-1] in self.specialised
+        if allowed and isinstance(value, Tensor) and value.numel() == 1:
+            proxy = self.create_proxy("call_method", "item", (proxy,), {})
+            value = proxy.node.meta.get("val")  # known where it comes from buffers that nothing writes
         if not allowed or isinstance(value, (Tensor, Unknown)):
-            raise fx.proxy.TraceError(f"{source_line()}: control flow depends on the value of {name_of(proxy.node)}")
+            raise fx.proxy.TraceError(f"{source_line()}: control flow depends on the value of {name}")
         if self.fixed_training is None:
             self._guard(proxy, value)
         return value
@@ -93,9 +120,11 @@ class Answers(fx.Tracer):
         raise BranchOnTraining(target, f"{source_line()}: control flow depends on {target}")
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
-        """Iterate over a tuple of known length."""
-        items: Any = obj
-        return iter([items[i] for i in range(self.length(obj))])
+        """Iterate over a tuple, or over the slices of a tensor, of known length."""
+        length, items = self.length(obj), obj
+        if isinstance(obj.node.meta.get("val"), Tensor):
+            items = self.create_proxy("call_function", torch.unbind, (obj,), {})
+        return iter([items[i] for i in range(length)])  # type: ignore[index]
 
     def keys(self, obj: fx.Proxy) -> Any:
         """Iterate over the keys of a dict."""

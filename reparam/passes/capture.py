@@ -201,16 +201,14 @@ def _inner(
     forced: tuple[bool, ...] = (),
 ) -> tuple[fx.Graph, list[tuple[str, bool]]]:
     """The graph inside a leaf module, and its branches on sizes: their lines and what was answered."""
-
-    def traced() -> tuple[fx.Graph, list[tuple[str, bool]]]:
-        tracer = ModelTracer(args, kwargs, training=training, memory=memory, forced=forced)
-        return tracer.trace(module), tracer.decisions
-
     key = (signature(module), training, shapes_of((args, kwargs)), forced)
-    if key[0] is None or key[2] is None:
-        return traced()
     if key not in memory.graphs:
-        memory.graphs[key] = traced()
+        tracer = ModelTracer(args, kwargs, training=training, memory=memory, forced=forced)
+        found = tracer.trace(module), tracer.decisions
+        # Equal modules may have other values in their buffers.
+        if key[0] is None or key[2] is None or tracer.deciding:
+            return found
+        memory.graphs[key] = found
     kept, decisions = memory.graphs[key]
     copy = fx.Graph()
     copy.output(copy.graph_copy(kept, {}))

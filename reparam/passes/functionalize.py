@@ -78,15 +78,16 @@ def functionalize(graph: fx.Graph) -> None:
 
 def _is_shared(changed: fx.Node, node: fx.Node, order: dict[fx.Node, int]) -> bool:
     """Whether a view of ``changed``, or what it is a view of, is used after ``node``."""
-    storage = _storage(changed)
-    return storage is not None and any(
-        _storage(other) == storage and other is not changed and any(order[user] > order[node] for user in other.users)
+    shared = storage(changed)
+    return shared is not None and any(
+        storage(other) == shared and other is not changed and any(order[user] > order[node] for user in other.users)
         for other in order
         if order[other] < order[node] and not is_inplace(other)
     )
 
 
-def _storage(node: fx.Node) -> int | None:
+def storage(node: fx.Node) -> int | None:
+    """Return what tells the memory of a value from others; None where it is no tensor."""
     value = node.meta.get("val")
     return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
 
@@ -98,14 +99,14 @@ def drop_unused(graph: fx.Graph) -> None:
     """
     constant: set[fx.Node] = set()
     for node in graph.nodes:
-        if node.op == "get_attr" or (_is_pure(node) and constant.issuperset(node.all_input_nodes)):
+        if node.op == "get_attr" or (is_pure(node) and constant.issuperset(node.all_input_nodes)):
             constant.add(node)
     for node in reversed(list(graph.nodes)):
         if (is_query(node) or node in constant) and not node.users:
             graph.erase_node(node)
 
 
-def _is_pure(node: fx.Node) -> bool:
+def is_pure(node: fx.Node) -> bool:
     """Whether a node is an operator of torch or Python that only computes a value from others."""
     home = getattr(node.target, "__module__", None) or "torch"
     known = node.op == "call_method" or (node.op == "call_function" and home.partition(".")[0] in _HOMES)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from reparam.passes.skeleton import known_mask
+
 _STATE = frozenset(vars(nn.Module())) | {"training"}
 
 
@@ -35,7 +37,7 @@ class Memory:
 
 
 def signature(module: nn.Module) -> Hashable | None:
-    """Return what decides the forward of a module: class, sizes and settings; None where that may be more.
+    """Return what decides the forward of a module: class, sizes, settings and masks; None where that may be more.
 
     A module with submodules, hooks or attributes of other types has no signature.
     """
@@ -48,7 +50,7 @@ def signature(module: nn.Module) -> Hashable | None:
     if "forward" in own or not all(isinstance(value, _SETTINGS) for _name, value in settings):
         return None
     tensors = tuple(
-        (name, None if value is None else (tuple(value.shape), value.dtype))
+        (name, None if value is None else (tuple(value.shape), value.dtype, _true_places(value)))
         for holder in (own["_parameters"], own["_buffers"])
         for name, value in holder.items()
     )
@@ -57,6 +59,11 @@ def signature(module: nn.Module) -> Hashable | None:
     except TypeError:
         return None
     return type(module), settings, tensors
+
+
+def _true_places(buffer: Tensor) -> Hashable:
+    mask = known_mask(buffer)
+    return None if mask is None else tuple(mask.flatten().nonzero().flatten().tolist())
 
 
 _SETTINGS = (int, float, str, bool, tuple, torch.dtype, type(None))

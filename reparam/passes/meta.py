@@ -13,14 +13,19 @@ from torch.utils import _pytree as pytree
 
 from reparam.passes.restore import unchanged
 from reparam.passes.seeds import draws_kept
-from reparam.passes.skeleton import rebuild, to_meta
+from reparam.passes.skeleton import known_mask, rebuild, to_meta
 
 
 class Unknown:
-    """The value of a node whose result cannot be computed on the meta device."""
+    """The value of a node whose result cannot be computed on the meta device.
 
-    def __init__(self, reason: str) -> None:
-        self.reason = reason
+    Args:
+        reason: why.
+        source: the line and the operator, where it was recorded: the first one, whose value others are computed from.
+    """
+
+    def __init__(self, reason: str, source: str = "") -> None:
+        self.reason, self.source = reason, source
 
     def __repr__(self) -> str:
         return f"Unknown({self.reason})"
@@ -137,13 +142,14 @@ def _listed(value: Any) -> list[Any]:
 
 
 def run_leaf_on_meta(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Run a module that is kept as it is; where it looks at data, on zeros instead of meta tensors."""
+    """Run a module that is kept as it is; where it looks at data, on zeros and its own masks."""
     try:
         return run_module_on_meta(module, args, kwargs)
     except (RuntimeError, NotImplementedError) as error:
         if "meta tensor" not in str(error) and not isinstance(error, NotImplementedError):
             raise
-    module = rebuild(module, lambda _name, tensor: torch.zeros_like(tensor, device="cpu"))
+    masks = {name: mask for name, buffer in module.named_buffers() if (mask := known_mask(buffer)) is not None}
+    module = rebuild(module, lambda name, tensor: masks.get(name, torch.zeros_like(tensor, device="cpu")))
     args, kwargs = pytree.tree_map(_to_zeros, (tuple(args), dict(kwargs)))
     with torch.no_grad(), draws_kept():
         return pytree.tree_map(_to_meta, module(*args, **kwargs))

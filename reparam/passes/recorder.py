@@ -149,12 +149,11 @@ class Recorder(Answers):
         Raises:
             TraceError: it does.
         """
-        node = self.last_node()
-        while node is not None and node is not mark and node.op != "root":
-            if isinstance(node.meta.get("val"), Unknown):
-                source = node.meta.get("source", "")
-                raise fx.proxy.TraceError(f"{source}: {name_of(node)}: {node.meta['val'].reason}")
-            node = node.prev
+        for node in self._nodes_after(mark):
+            value = node.meta.get("val")
+            if isinstance(value, Unknown):
+                source = value.source or f"{node.meta.get('source', '')}: {name_of(node)}"
+                raise fx.proxy.TraceError(f"{source}: {value.reason}")
 
     def rollback(self, mark: fx.Node | None) -> None:
         """Forget what was recorded after ``mark``."""

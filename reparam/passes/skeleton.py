@@ -52,14 +52,24 @@ def rebuild(module: M, make: Callable[[str, Tensor], Tensor]) -> M:
 
 
 def skeleton_of(module: M) -> M:
-    """Return a copy of ``module`` whose parameters and buffers are on the meta device."""
+    """Return a copy of ``module`` whose parameters and buffers are on the meta device; buffers know their values."""
     skeleton = rebuild(module, lambda _name, tensor: tensor.to("meta"))
+    values = dict(module.named_buffers(remove_duplicate=False))
+    for name, buffer in skeleton.named_buffers(remove_duplicate=False):
+        if not values[name].is_meta:
+            vars(buffer)["reparam_values"] = values[name].detach()
     modes = train_modes(skeleton)
     # Modules that keep results of their eval mode (attention biases) forget them here: those came from other weights.
     skeleton.train()
     for name, child in skeleton.named_modules():
         child.training = modes[name]
     return skeleton
+
+
+def known_mask(buffer: Tensor | None) -> Tensor | None:
+    """Return a copy of the values of a buffer of truth values on the CPU; None where it is another one."""
+    values = vars(buffer).get("reparam_values") if buffer is not None and buffer.dtype == torch.bool else None
+    return None if values is None else values.to("cpu", copy=True)
 
 
 def train_modes(module: nn.Module) -> dict[str, bool]:

@@ -24,7 +24,16 @@ import torch
 from torch import Tensor, fx, nn
 
 from reparam.passes.carried import refuse_draws
-from reparam.passes.functionalize import chunk, drop_unused, functionalize, refuse_new_weights, setitem
+from reparam.passes.constants import known_or_why, known_value, places
+from reparam.passes.functionalize import (
+    chunk,
+    drop_unused,
+    functionalize,
+    is_inplace,
+    refuse_new_weights,
+    setitem,
+    storage,
+)
 from reparam.passes.intrinsics import intrinsics
 from reparam.passes.memory import Memory, remember, remembered, shapes_of, signature
 from reparam.passes.meta import Unknown, has_tensor, run_leaf_on_meta, run_on_meta
@@ -102,6 +111,8 @@ class ModelTracer(Recorder):
         memory: what earlier recordings found out; added to.
         forced: for the analysis of a leaf: the answers to its first branches on sizes; the others are the example's.
             ``decisions`` holds the lines of all of them and what was answered.
+
+    ``deciding`` holds the memory of the buffers whose values decided something.
     """
 
     def __init__(
@@ -129,6 +140,7 @@ class ModelTracer(Recorder):
         self._evaluating = 0
         self._cache: dict[str, fx.Proxy] = {}
         self._names: dict[int, str] = {}
+        self.deciding: set[int] = set()
 
     # -- entry -------------------------------------------------------------------------------------------------
 
@@ -138,6 +150,8 @@ class ModelTracer(Recorder):
         for name, tensor in named_tensors(root):
             self._names.setdefault(id(tensor), name)
         states = [(module, snapshot(module)) for module in root.modules()]
+        if self.fixed_training is not None:
+            _forget_counts(root)
         _TRACERS.append(self)
         try:
             patches = _training_property(), _listed_tensors(), proxies_have_types(), draws_kept()
@@ -251,16 +265,35 @@ class ModelTracer(Recorder):
             target = setitem
         if (kind, target) == ("call_method", "chunk") or target is torch.chunk:
             kind, target = "call_function", chunk
+        if target is operator.getitem:
+            args = (args[0], places(args[1], self))
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
         node.meta["module"] = self.path[-1] if self.path else ""
         node.meta["source"] = source_line()
         if kind not in ("placeholder", "output"):
-            node.meta["val"] = self._evaluate(node)
+            node.meta["val"] = self.evaluate(node, lambda n: n.meta["val"])
+            if isinstance(node.meta["val"], Unknown):
+                node.meta["val"] = known_or_why(node, self.known)
         refuse_new_weights(node)
+        if is_inplace(node) and isinstance(node.args[0], fx.Node) and storage(node.args[0]) in self.deciding:
+            raise fx.proxy.TraceError(f"{source_line()}: {node.args[0].target} decides a size and is written")
         return node
 
-    def _evaluate(self, node: fx.Node) -> Any:
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    def known(self, node: fx.Node) -> Any:
+        """Return the value of a node on the CPU.
+
+        Raises:
+            LookupError: it is not known while recording.
+        """
+        self._evaluating += 1
+        try:
+            return known_value(node, self.root, self.deciding)
+        finally:
+            self._evaluating -= 1
+
+    def evaluate(self, node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
+        """Compute a node on the meta device, from these values of the nodes in front of it."""
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), value_of)
         args, kwargs = plain(args), plain(kwargs)
         self._evaluating += 1
         try:
@@ -356,6 +389,16 @@ class ModelTracer(Recorder):
             self.running.pop()
         self.outputs.setdefault(path, []).append(nodes_of(result))
         return result
+
+
+def _forget_counts(root: nn.Module) -> None:
+    """Let norms with cumulative averages have a momentum: it is a number that they compute from their count of calls.
+
+    For analysis only, where no rule asks for it: a leaf runs its own code.
+    """
+    for module in root.modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.momentum is None:
+            module.momentum = 0.1
 
 
 def _parameter_names(function: Callable[..., Any]) -> list[str]:

@@ -1,6 +1,7 @@
 """Operator rules, one file per family. Importing this package registers all of them."""
 
 from reparam.passes.rules import (
+    assignment,
     attention,
     broadcast,
     creation,
@@ -20,6 +21,6 @@ from reparam.passes.rules import (
 )
 
 __all__ = [
-    "attention", "broadcast", "creation", "embedding", "indexing", "linear", "matmul", "movement", "norm", "pointwise",
-    "projection", "query", "recurrent", "reduction", "shapes", "spatial",
+    "assignment", "attention", "broadcast", "creation", "embedding", "indexing", "linear", "matmul", "movement", "norm",
+    "pointwise", "projection", "query", "recurrent", "reduction", "shapes", "spatial",
 ]  # fmt: skip

@@ -128,7 +128,7 @@ def _grouped_heads(call: Call, names: list[str]) -> ReplicaMap | None:
     return None if q.is_identity else q
 
 
-@rule(torch.softmax, F.softmax, "softmax")
+@rule(torch.softmax, F.softmax, "softmax", torch.special.softmax, F.softmin)
 def softmax(call: Call, input: Value, dim: Value = None, *args: Value, **kwargs: Value) -> Value:
     """Softmax; over r replicas of every index each has one r-th of the student's weight."""
     x = call.pair("input")

@@ -12,7 +12,7 @@ import torch
 from reparam.ops.maps import Maps, ReplicaMap
 from reparam.ops.steps import Positions
 from reparam.passes.call import At, Call, Name
-from reparam.passes.functionalize import assign, chunk, setitem
+from reparam.passes.functionalize import chunk
 from reparam.passes.registry import rule
 from reparam.passes.values import Free, Int, Pair, Refuse, Value, student, teacher, walk
 
@@ -76,7 +76,18 @@ def tensor_split(
 ) -> Value:
     """Pieces of nearly equal sizes, or between given positions."""
     given = {"indices_or_sections": indices_or_sections, "indices": indices, "sections": sections}
-    name = next(name for name, value in given.items() if value is not None)
+    return _split_at(call, next(name for name, value in given.items() if value is not None), dim)
+
+
+@rule(torch.hsplit, "hsplit", torch.vsplit, "vsplit", torch.dsplit, "dsplit")
+def split_along(call: Call, input: Value, indices_or_sections: Value) -> Value:
+    """Pieces along the second, first or third dimension."""
+    name = str(getattr(call.node.target, "__name__", call.node.target))
+    dim = {"hsplit": min(1, call.pair("input").ndim - 1), "vsplit": 0, "dsplit": 2}[name]
+    return _split_at(call, "indices_or_sections", dim)
+
+
+def _split_at(call: Call, name: Name, dim: int) -> Value:
     cuts = _cuts(call, "input", dim)
     if cuts and name == "sections":
         if len({b - a for a, b in pairwise(cuts)}) > 1:
@@ -337,7 +348,7 @@ def _tensor_index(call: Call, x: Pair, items: list[Any], is_tuple: bool) -> Valu
         chosen = _one_index(call, axes[0], spread[axes[0]][0], places[0])
         if chosen is not None:
             return chosen
-    if any(_is_mask(spread[d][0]) for d in axes):
+    if any(is_mask(spread[d][0]) for d in axes):
         raise Refuse("indexing by a mask")
     for d, place in zip(axes, places, strict=True):
         if isinstance(spread[d][0], (Pair, Free)):
@@ -359,14 +370,15 @@ def _spread(items: list[Any], rank: int) -> list[tuple[Any, int]]:
     return spread
 
 
-def _is_mask(item: Any) -> bool:
+def is_mask(item: Any) -> bool:
+    """Whether an item of an index is a tensor of truth values."""
     return isinstance(item, (Pair, Free)) and student(item).dtype == torch.bool
 
 
 def _one_index(call: Call, axis: int, item: Any, place: Name) -> Value | None:
     """One list or 1-D tensor of positions along a widened dimension; None where this is something else."""
     phi = call.pair("value").maps.get(axis)
-    if phi is None or phi.uniform is None or _is_mask(item):
+    if phi is None or phi.uniform is None or is_mask(item):
         return None
     if isinstance(item, list):
         if not all(type(i) is int for i in item):
@@ -380,20 +392,3 @@ def _one_index(call: Call, axis: int, item: Any, place: Name) -> Value | None:
         chosen = _positions(call, "value", axis, place)
     maps = {d: m for d, m in call.pair("value").maps.items() if d != axis}
     return call.result({**maps, **({} if chosen is None else {axis: chosen})})
-
-
-@rule(setitem, assign)
-def set_items(call: Call, value: Value, index: Value, new: Value) -> Value:
-    """Assignment into a basic index; what is assigned gets the maps of the place it goes to."""
-    items = list(index) if isinstance(index, tuple) else [index]
-    if any(not isinstance(i, (slice, int, Int, type(None), type(Ellipsis))) for i in items):
-        raise Refuse("assignment by tensors")
-    x, maps = basic_index(call, "value", items, isinstance(index, tuple))
-    if any(d in x.maps and not isinstance(i, slice) for d, i in enumerate(items)) or Ellipsis in items:
-        raise Refuse("assignment to one index of a widened dimension")
-    if isinstance(new, (Pair, Free)):
-        rank = x.s[student(index)].dim()
-        size = student(new).dim()
-        wanted = {d - rank + size: m for d, m in maps.items() if d - rank + size >= 0}
-        call.match("new", {d: m for d, m in wanted.items() if student(new).shape[d] == m.size})
-    return call.result(dict(x.maps))

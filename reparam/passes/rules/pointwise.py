@@ -23,10 +23,13 @@ _METHODS = """
     acos atan sinh cosh asinh acosh atanh erf erfc erfinv sigmoid tanh relu hardshrink floor ceil round trunc
     frac fix sign sgn positive nan_to_num isnan isinf isfinite logical_not bitwise_not clone detach lgamma
     digamma sinc logit deg2rad rad2deg signbit i0 clamp_min clamp_max abs_ neg_ exp_ sqrt_ square_ sigmoid_
-    tanh_ relu_ floor_ round_ clamp_min_ clamp_max_ reciprocal_ rsqrt_ log_
+    tanh_ relu_ floor_ round_ clamp_min_ clamp_max_ reciprocal_ rsqrt_ log_ angle
 """.split()
 
-_TORCH = [*_METHODS, *"selu celu threshold selu_ celu_ zeros_like ones_like full_like empty_like conj real".split()]
+_TORCH = [
+    *_METHODS,
+    *"selu celu threshold selu_ celu_ zeros_like ones_like full_like empty_like conj real expit".split(),
+]
 
 _CONVERSIONS = """
     float double half bfloat16 long int bool contiguous cpu cuda requires_grad_ type to type_as zero_ fill_
@@ -62,6 +65,14 @@ def pointwise(call: Call, input: Value, *args: Value, **kwargs: Value) -> Value:
         if isinstance(leaf, Int):
             call.narrow_int(place)
     return call.result(dict(maps))
+
+
+@rule(torch.bucketize)
+def bucketize(call: Call, input: Value, boundaries: Value, **kwargs: Value) -> Value:
+    """The interval that each element lies in; the boundaries are no channels."""
+    x = call.pair("input")
+    call.match("boundaries", {})
+    return call.result(dict(x.maps))
 
 
 def _others(call: Call) -> list[tuple[At, Any]]:

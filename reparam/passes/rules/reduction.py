@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from reparam.ops.maps import Maps
-from reparam.ops.steps import Scale
+from reparam.ops.steps import Scale, Shift
 from reparam.passes.call import At, Call
 from reparam.passes.registry import rule
 from reparam.passes.rules.broadcast import agree, broadcast
@@ -80,7 +81,7 @@ def sum_(call: Call, input: Value, dim: Value = None, keepdim: Value = False, *,
 
 @rule(torch.max, torch.min, "max", "min")
 def max_(call: Call, input: Value, *args: Value, **kwargs: Value) -> Value:
-    """Maximum of all values, of two tensors, or along a dimension (its indices are positions: contracted)."""
+    """Maximum of all values, of two tensors, or along a dimension: contracted there where its indices are used."""
     others = [*args, *kwargs.values()]
     if any(isinstance(value, (Pair, Free)) for value in others):
         return broadcast(call, input, *args, **kwargs)
@@ -88,7 +89,13 @@ def max_(call: Call, input: Value, *args: Value, **kwargs: Value) -> Value:
         return _reduce(call, None, False)
     dim = args[0] if args else kwargs["dim"]
     keepdim = args[1] if len(args) > 1 else kwargs.get("keepdim", False)
-    return _indexed(call, dim, keepdim)
+    return _reduce(call, dim, keepdim) if _values_only(call) else _indexed(call, dim, keepdim)
+
+
+def _values_only(call: Call) -> bool:
+    """Whether nobody asks at which positions the values are."""
+    wanted = (operator.getitem, 0), (getattr, "values")
+    return all((user.target, *user.args[1:]) in wanted for user in call.node.users)
 
 
 def _indexed(call: Call, dim: Any, keepdim: bool, reason: str = "positions along a widened dimension") -> Value:
@@ -106,7 +113,6 @@ def argmax(call: Call, input: Value, dim: Value = None, keepdim: Value = False) 
 
 
 @rule(
-    torch.log_softmax, F.log_softmax, "log_softmax", F.softmin,
     torch.cumsum, "cumsum", torch.cumprod, "cumprod", torch.logcumsumexp, "logcumsumexp", torch.diff, "diff",
 )  # fmt: skip
 def along(call: Call, input: Value, dim: Value = None, *args: Value, **kwargs: Value) -> Value:
@@ -165,7 +171,59 @@ def _kept_off(call: Call, dim: Any, reason: str) -> Value:
     return call.result(lambda _s, _t: maps)
 
 
-@rule(torch.logsumexp, "logsumexp", torch.prod, "prod", torch.count_nonzero)
+@rule(torch.log_softmax, F.log_softmax, "log_softmax", torch.special.log_softmax)
+def log_softmax(call: Call, input: Value, dim: Value = None, *args: Value, **kwargs: Value) -> Value:
+    """Logarithm of a softmax, which has one r-th of the student's weight in each of r replicas."""
+    x = call.pair("input")
+    if dim is None:
+        raise Refuse("no dimension is named")
+    phi = call.even("input", [dim % x.ndim]).maps.get(dim % x.ndim)
+    value = call.result(dict(call.pair("input").maps))
+    if phi is not None:
+        call.scale_out(Shift(math.log(phi.uniform or 1)))
+    return value
+
+
+@rule(torch.logsumexp, "logsumexp", torch.special.logsumexp)
+def logsumexp(call: Call, input: Value, dim: Value, keepdim: Value = False) -> Value:
+    """Logarithm of a sum over r replicas of everything."""
+    axes = _axes(dim, call.pair("input").ndim)
+    call.even("input", axes)
+    ratio = _even(call, axes)
+    maps = _kept(call.pair("input").maps, axes, keepdim)
+    value = call.result(lambda _s, _t: maps)
+    if ratio > 1:
+        call.scale_out(Shift(-math.log(ratio)))
+    return value
+
+
+@rule(torch.aminmax, "aminmax")
+def aminmax(call: Call, input: Value, *, dim: Value = None, keepdim: Value = False) -> Value:
+    """Minimum and maximum: the same over replicas."""
+    return _reduce(call, dim, keepdim)
+
+
+@rule(torch.linalg.vecdot)
+def vecdot(call: Call, x: Value, y: Value, *, dim: Value = -1) -> Value:
+    """Products summed along one dimension: r times too large over r replicas."""
+    maps = agree(call, [At(call.path("x")), At(call.path("y"))])
+    axis = dim % (call.s.dim() + 1)
+    phi = maps.pop(axis, None)
+    if phi is not None and phi.uniform is None:
+        raise Refuse("a product over unequally many replicas")
+    value = call.result({d - (d > axis): m for d, m in maps.items()})
+    if phi is not None:
+        call.scale_out(Scale((1.0 / (phi.uniform or 1),)))
+    return value
+
+
+@rule(F.cross_entropy, F.kl_div, F.nll_loss)
+def loss_of_classes(call: Call, input: Value, target: Value, *args: Value, **kwargs: Value) -> Value:
+    """Losses that compare distributions: classes are no channels."""
+    raise Refuse("a loss over the classes of a distribution")
+
+
+@rule(torch.prod, "prod", torch.count_nonzero, "count_nonzero")
 def narrow_reduction(call: Call, input: Value, dim: Value = None, keepdim: Value = False, **kwargs: Value) -> Value:
     """Reductions that count the replicas in a nonlinear way: contracted first."""
     return _indexed(call, dim, keepdim, "replicas along its dimension would change the result")
