@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from reparam.passes.gradients import without_gradients
 from reparam.passes.restore import unchanged
 from reparam.passes.skeleton import rebuild, to_meta
 
@@ -77,6 +78,7 @@ def _quick_norms() -> contextlib.AbstractContextManager[None]:
             value is None or value.shape == channels
             for value in (running_mean, running_var, given.get("weight"), given.get("bias"))
         )
+        usual = usual and not (torch.is_grad_enabled() and input.requires_grad)  # a gradient is taken through it
         if given.get("training"):
             usual = usual and input.numel() > channels.numel()  # one value per channel is refused
         else:
@@ -96,10 +98,10 @@ def run_module_on_meta(module: nn.Module, args: Sequence[Any], kwargs: Mapping[s
     """Run a module with meta parameters on meta inputs; its state is not changed."""
     args, kwargs = pytree.tree_map(_to_meta, (tuple(args), dict(kwargs)))
     on_meta = (unchanged(module), _plain_tensors_on_meta(module), _quick_norms(), _autocast_of_meta())
-    with torch.no_grad(), torch.device("meta"), contextlib.ExitStack() as stack:
+    with torch.device("meta"), contextlib.ExitStack() as stack:
         for context in on_meta:
             stack.enter_context(context)
-        return module(*args, **kwargs)
+        return without_gradients(lambda: module(*args, **kwargs))
 
 
 def _autocast_of_meta() -> contextlib.AbstractContextManager[None]:
@@ -144,8 +146,7 @@ def run_leaf_on_meta(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str
             raise
     module = rebuild(module, lambda _name, tensor: torch.zeros_like(tensor, device="cpu"))
     args, kwargs = pytree.tree_map(_to_zeros, (tuple(args), dict(kwargs)))
-    with torch.no_grad():
-        return pytree.tree_map(_to_meta, module(*args, **kwargs))
+    return pytree.tree_map(_to_meta, without_gradients(lambda: module(*args, **kwargs)))
 
 
 def _to_zeros(value: Any) -> Any:

@@ -195,6 +195,8 @@ class ModelTracer(Recorder):
             return self.create_node("call_function", getattr, (parameter, "device"), {})
         if isinstance(a, Tensor) and a.is_meta and a not in self.tensor_attrs:
             raise fx.proxy.TraceError(f"{source_line()}: a tensor was made from parameters that are not there yet")
+        if isinstance(a, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(a):
+            raise fx.proxy.TraceError(f"{source_line()}: torch.vmap or torch.func.grad have no place in a graph")
         if type(a) is OrderedDict:
             pairs = [(key, value) for key, value in a.items()]
             return self.create_node("call_function", OrderedDict, (self.create_arg(pairs),), {})
