@@ -12,7 +12,7 @@ from reparam.passes.memory import signature
 from reparam.passes.meta import Unknown
 from reparam.passes.modes import BranchOnTraining, choose, differences, put, require_mode
 from reparam.passes.proxies import iter_nodes, nodes_of
-from reparam.passes.restore import refuse_assigned_buffers, restore
+from reparam.passes.restore import refuse_assigned_buffers, replaced_tensors, restore
 
 
 class Recorder(Answers):
@@ -27,6 +27,7 @@ class Recorder(Answers):
             result = forward()
             self.check_known(mark)
             refuse_assigned_buffers(m)
+            self.refuse_state(m, state)
             return result
         except BranchOnTraining as branch:
             if branch.target in self.flags:
@@ -116,6 +117,20 @@ class Recorder(Answers):
                 source = node.meta.get("source", "")
                 raise fx.proxy.TraceError(f"{source}: {name_of(node)}: {node.meta['val'].reason}")
             node = node.prev
+
+    def refuse_state(self, m: nn.Module, state: dict[str, Any]) -> None:
+        """Refuse a module that computes with what an earlier call left in its attributes: a graph has no memory.
+
+        Raises:
+            TraceError: it does.
+        """
+        for name, old in replaced_tensors(m, state):
+            target = self.tensor_attrs.get(old)
+            if target is not None and any(n.op == "get_attr" and n.target == target for n in self.graph.nodes):
+                raise fx.proxy.TraceError(
+                    f"{type(m).__name__} computes with its attribute {name} of an earlier call, and sets it anew; "
+                    "reset it before, or make it a buffer that is changed in place"
+                )
 
     def rollback(self, mark: fx.Node | None) -> None:
         """Forget what was recorded after ``mark``."""

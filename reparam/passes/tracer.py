@@ -144,6 +144,8 @@ class ModelTracer(Recorder):
                     stack.enter_context(patch)
                 graph = super().trace(root, concrete_args)
                 refuse_assigned_buffers(root)
+                for module, state in states:
+                    self.refuse_state(module, state)
         finally:
             _TRACERS.pop()
             for module, state in states:

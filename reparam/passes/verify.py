@@ -7,7 +7,6 @@ time, values are freed after their last use.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -27,7 +26,7 @@ from reparam.passes.gradients import TAKE, is_cut_off, needs_gradients, without_
 from reparam.passes.meta import has_tensor
 from reparam.passes.plan import Plan
 from reparam.passes.seeds import generators_kept, seed
-from reparam.passes.skeleton import canonical_names, named_tensors
+from reparam.passes.skeleton import canonical_names, copied, named_tensors
 from reparam.passes.tf32 import tf32
 from reparam.passes.torch_modules import without_fast_paths
 from reparam.passes.trial import Trial
@@ -176,7 +175,7 @@ def _compare_with_model(capture: Capture, world: World, recorded: Any, inputs: I
     """Compare the recorded graph with the model itself: what the capture missed, no comparison of two graphs shows."""
     if "" in capture.leaves:
         return  # the recorded graph is a call of the model
-    model = copy.deepcopy(capture.root.get_submodule(capture.path))
+    model = copied(capture.root.get_submodule(capture.path))
     eager = _run_model(model, capture, world, inputs, 0)
     if eager is None:
         return
