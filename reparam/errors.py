@@ -25,6 +25,10 @@ class CaptureError(ReparamError, RuntimeError):
     """The forward pass of the model cannot be recorded as a graph."""
 
 
+class GuardError(ReparamError, AssertionError):
+    """A recorded graph runs for a size or an argument that it was not recorded for."""
+
+
 class VerificationError(ReparamError, RuntimeError):
     """Student and teacher differ at a graph node."""
 

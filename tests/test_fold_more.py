@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -263,3 +265,59 @@ def test_a_border_of_other_values_stays() -> None:
     folded = reparam.fold(model, IMAGE)
     assert error(model, folded, IMAGE) < 2e-15
     assert layers(folded) > 1
+
+
+class Regularised(nn.Module):
+    """Returns a number, or one per sample, beside its output."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.c, self.n, self.function = conv(), nn.BatchNorm2d(4), function
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.n(self.c(x))
+        return y.relu(), self.function(y)
+
+
+_NUMBERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sum": torch.sum,
+    "mean": torch.mean,
+    "per sample": lambda y: y.sum((1, 2, 3)),
+    "mean per sample": lambda y: y.mean((1, 2, 3)),
+    "mean of sums": lambda y: y.sum((1, 2, 3)).mean(),
+    "mean of shifted sums": lambda y: (y.sum((1, 2, 3)) + 0.5).mean(),
+    "loss": lambda y: F.mse_loss(y, y.sigmoid()),
+    "joined": lambda y: torch.cat([y.sum((1, 2, 3)), 2 * y.mean((1, 2, 3))]),
+}
+_CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "scale": lambda v: 0.5 * v,
+    "quotient": lambda v: v / 3,
+    "shift": lambda v: v + 1,
+    "difference": lambda v: 1 - v,
+    "negative": lambda v: -v,
+    "both": lambda v: 0.25 * (1 - 2 * v) + v,
+}
+
+
+@pytest.mark.parametrize("change", _CHANGES)
+@pytest.mark.parametrize("number", _NUMBERS)
+def test_a_loss_beside_the_output(number: str, change: str) -> None:
+    """A value of fewer than two dimensions has no channels that a kernel could have; what is before it still folds."""
+    model = randomise(Regularised(lambda y: _CHANGES[change](_NUMBERS[number](y))))
+    folded = reparam.fold(model, IMAGE)
+    assert norms(folded) == 0
+    for x in (IMAGE, LARGE):
+        with torch.no_grad():
+            for mine, other in zip(model(x), folded(x), strict=True):
+                assert torch.allclose(mine, other, rtol=1e-12, atol=1e-12)
+
+
+def test_a_norm_with_statistics_made_in_place() -> None:
+    def function(y: Tensor) -> Tensor:
+        return F.batch_norm(y, torch.zeros(4, dtype=y.dtype), 2 * torch.ones(4, dtype=y.dtype))
+
+    model = randomise(Regularised(function))
+    folded = reparam.fold(model, IMAGE)
+    with torch.no_grad():
+        for mine, other in zip(model(IMAGE), folded(IMAGE), strict=True):
+            assert torch.allclose(mine, other, rtol=1e-12, atol=1e-12)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from zoo import error, randomise, sample
 
 import reparam
-from reparam.errors import CaptureError
+from reparam.errors import CaptureError, GuardError, ReparamError
 from reparam.passes.modes import require
 from reparam.passes.teacher import Teacher
 
@@ -621,3 +622,38 @@ def test_cumulative_averages_in_train_mode() -> None:
         assert torch.allclose(teacher(x), model(x), atol=1e-12)
     x = torch.randn(2, 3, 8, 8).double()
     assert torch.allclose(teacher.eval()(x), model.eval()(x), atol=1e-12)
+
+
+class Asking(nn.Module):
+    """Asks whether its input has gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.a(x))
+        return self.b(h * 2 if x.requires_grad else h)
+
+
+def test_a_guard_says_what_the_code_asks_for(tmp_path: Path) -> None:
+    model, x = Asking().double().eval(), sample((3, 4))
+    teacher = reparam.expand(model, 2, example_input=x)
+    assert "sizes or other properties: the network itself; inputs that" in teacher.plan.notes[0]
+    reparam.save(teacher, tmp_path / "teacher.safetensors")
+    for found in (teacher, copy.deepcopy(teacher), reparam.load(tmp_path / "teacher.safetensors", Asking().double())):
+        assert torch.allclose(found(x), model(x))
+        with pytest.raises(
+            GuardError, match=r"test_guards\.py:\d+: .* branches on whether a tensor has gradients here"
+        ):
+            found(x.clone().requires_grad_())
+
+
+@pytest.mark.parametrize("base", [ReparamError, AssertionError])
+def test_a_guard_is_an_error_of_both_kinds(base: type[Exception]) -> None:
+    model = Root().double().eval()
+    with pytest.raises(base, match="the network branches on a size here"):
+        reparam.expand(model, 2, example_input=sample((2, 3, 10, 9)))(sample((1, 3, 6, 6)))
+    folded = pickle.loads(pickle.dumps(reparam.fold(model, sample((2, 3, 10, 9)))))
+    with pytest.raises(base, match="the network branches on a size here"):
+        folded(sample((1, 3, 6, 6)))

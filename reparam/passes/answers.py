@@ -72,10 +72,8 @@ class Answers(fx.Tracer):
         return value
 
     def _guard(self, proxy: fx.Proxy, value: Any) -> None:
-        message = (
-            f"{source_line()}: the network branches on a size here and was recorded for {value!r}; "
-            "expand it again with an example_input of the size that is used now"
-        )
+        kind, way_out = _asked_for(proxy.node)
+        message = f"{source_line()}: the network branches on {kind} here and was recorded for {value!r}; {way_out}"
         guard = self.create_proxy("call_function", require, (proxy, value, message), {})
         guard.node.meta["specialised"] = self.running[-1]
 
@@ -130,6 +128,22 @@ class Answers(fx.Tracer):
         """Iterate over the keys of a dict."""
         value = obj.node.meta.get("val")
         return value.keys() if isinstance(value, dict) else super().keys(obj)
+
+
+def _asked_for(node: fx.Node) -> tuple[str, str]:
+    """Return what a value that code branches on says about an input, and what to do where it is another one."""
+    asked, waiting = set(), [node]
+    while waiting:
+        current = waiting.pop()
+        asked.add(current.args[1] if current.target is getattr else current.target)
+        waiting += [n for n in current.all_input_nodes if not isinstance(n.meta.get("val"), Tensor)]
+    if asked & {"requires_grad", "is_leaf", "grad_fn", "grad"}:
+        return "whether a tensor has gradients", (
+            "give it inputs as they were then, or compute both ways and choose by an argument of forward"
+        )
+    if asked & {"dtype", "device", "is_cuda", "type", "layout", "get_device"}:
+        return "a dtype or device", "expand it again with an example_input of the kind that is used now"
+    return "a size", "expand it again with an example_input of the size that is used now"
 
 
 def name_of(node: fx.Node) -> str:

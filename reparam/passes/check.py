@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from reparam.errors import InputError
 from reparam.passes.example import Inputs, example_for, normalise, random_like
+from reparam.passes.gradients import without_gradients
 from reparam.passes.seeds import seeded
 from reparam.passes.skeleton import first_floating_dtype, rebuild, skeleton_of
 from reparam.passes.teacher import Teacher
@@ -134,14 +135,15 @@ def _outputs(model: nn.Module, inputs: Inputs, dtype: torch.dtype) -> list[Tenso
     try:
         for module, _mode in modes:
             module.training = False
-        with torch.no_grad(), without_fast_paths():
-            out = functional_call(target, tensors, args, kwargs)
+        with without_fast_paths():
+            out = without_gradients(lambda: functional_call(target, tensors, args, kwargs))
     except (RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"{type(model).__name__} does not accept the example input: {error}") from error
     finally:
         for module, mode in modes:
             module.training = mode
-    return [v for v in pytree.tree_leaves(_plain(out)) if isinstance(v, Tensor) and v.is_floating_point()]
+    found = [v.detach() for v in pytree.tree_leaves(_plain(out)) if isinstance(v, Tensor)]
+    return [v for v in found if v.is_floating_point()]
 
 
 def _plain(value: Any) -> Any:

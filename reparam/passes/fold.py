@@ -141,7 +141,7 @@ def _folded_inside(
         if next(child.parameters(), None) is None:
             continue
         calls = seen.calls.get(path, [])
-        if calls and not seen.read_outside(child, path) and len({_kind(call) for call in calls}) == 1:
+        if calls and seen.closed(child, path) and len({_kind(call) for call in calls}) == 1:
             try:
                 part, inside = _folded(model.get_submodule(path), child, calls[0], allow_growth)
             except CaptureError:

@@ -148,11 +148,12 @@ def _wide_parameters(model: nn.Module, params: dict[str, ParamMap]) -> int:
 
 
 def _notes(capture: Capture) -> list[str]:
-    guarded = sorted({node.meta["specialised"] for node in capture.nodes() if node.target is require})
+    paths = {node.meta["specialised"] for node in capture.nodes() if node.target is require}
+    guarded = [path or "the network itself" for path in sorted(paths)]
     notes = (
         [
-            "recorded for the sizes of the example input, because they branch on sizes: "
-            f"{', '.join(guarded)}; sizes that would take another branch are refused when the teacher runs"
+            "recorded for what the example input is like, because they branch on sizes or other properties: "
+            f"{', '.join(guarded)}; inputs that would take another branch are refused when the teacher runs"
         ]
         if guarded
         else []

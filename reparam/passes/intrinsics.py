@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
+from torch._functorch import apis, eager_transforms
 from torch.nn.utils import parametrizations, spectral_norm
 from torch.utils import checkpoint
 
+from reparam.passes.proxies import source_line
 from reparam.passes.torch_modules import Patch, Record, everywhere, is_symbolic, torch_modules
 from reparam.passes.torch_recurrent import torch_recurrent
 
@@ -64,7 +66,7 @@ def intrinsics(record: Record, function: Record) -> Iterator[None]:
     """
     patches = [*_spectral_norms(record), *_instance_norms(), *_autograd_functions(record), *_factories(record)]
     patches += [*_checkpoints(), *_same_paddings(record), *torch_modules(record), *torch_recurrent(record)]
-    patches += _branching_functions(function)
+    patches += [*_branching_functions(function), *_transforms()]
     with contextlib.ExitStack() as stack:
         for holder, name, value in patches:
             stack.callback(_restore, holder, name, vars(holder).get(name, _MISSING))
@@ -174,6 +176,47 @@ def _branching_functions(record: Record) -> list[Patch]:
     """Let timm's functions that branch (it lists them) be one operator where the branch asks for a size."""
     listed = vars(sys.modules.get("timm.layers._fx", object)).get("_autowrap_functions", ())
     return [patch for plain in listed for patch in everywhere(plain.__name__, plain, _symbolic(record, plain))]
+
+
+def _transforms() -> list[Patch]:
+    """Let ``torch.vmap`` and derivatives of ``torch.func`` refuse symbolic values, which end in torch's C++ code."""
+    return [
+        (home, name, _refusing(getattr(home, name), called))
+        for home, name, called in (
+            (apis, "vmap_impl", "torch.vmap"),
+            (eager_transforms, "grad_impl", "torch.func.grad"),
+            (eager_transforms, "grad_and_value_impl", "torch.func.grad_and_value"),
+            (eager_transforms, "_vjp_with_argnums", "torch.func.vjp"),
+            (eager_transforms, "_jvp_with_argnums", "torch.func.jvp"),
+            (eager_transforms, "error_if_complex", "torch.func.jacrev, jacfwd or hessian"),  # which asks first
+        )
+        if hasattr(home, name)
+    ]
+
+
+def _refusing(plain: Any, called: str) -> Any:
+    def refuse(*values: Any) -> None:
+        if is_symbolic(*values):
+            raise fx.proxy.TraceError(
+                f"{source_line()}: {called} is applied to code that computes with inputs or parameters, "
+                "and no graph holds such transforms"
+            )
+
+    def watched(function: Any) -> Any:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            result = function(*args, **kwargs)
+            refuse(result)  # of constants, but with inputs or parameters from around it
+            return result
+
+        return call if callable(function) else function
+
+    @functools.wraps(plain)
+    def transform(function: Any, *args: Any, **kwargs: Any) -> Any:
+        refuse(args, kwargs)
+        return plain(watched(function), *args, **kwargs)
+
+    return transform
 
 
 def _factories(record: Record) -> list[Patch]:

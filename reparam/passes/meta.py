@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from reparam.passes.gradients import without_gradients
 from reparam.passes.restore import unchanged
 from reparam.passes.seeds import draws_kept
 from reparam.passes.skeleton import known_mask, rebuild, to_meta
@@ -83,6 +84,7 @@ def _quick_norms() -> contextlib.AbstractContextManager[None]:
             value is None or value.shape == channels
             for value in (running_mean, running_var, given.get("weight"), given.get("bias"))
         )
+        usual = usual and not (torch.is_grad_enabled() and input.requires_grad)  # a gradient is taken through it
         if given.get("training"):
             usual = usual and input.numel() > channels.numel()  # one value per channel is refused
         else:
@@ -102,10 +104,10 @@ def run_module_on_meta(module: nn.Module, args: Sequence[Any], kwargs: Mapping[s
     """Run a module with meta parameters on meta inputs; its state is not changed."""
     args, kwargs = pytree.tree_map(_to_meta, (tuple(args), dict(kwargs)))
     on_meta = (unchanged(module), draws_kept(), _plain_tensors_on_meta(module), _quick_norms(), _autocast_of_meta())
-    with torch.no_grad(), torch.device("meta"), contextlib.ExitStack() as stack:
+    with torch.device("meta"), contextlib.ExitStack() as stack:
         for context in on_meta:
             stack.enter_context(context)
-        return module(*args, **kwargs)
+        return without_gradients(lambda: module(*args, **kwargs))
 
 
 def _autocast_of_meta() -> contextlib.AbstractContextManager[None]:
@@ -151,8 +153,8 @@ def run_leaf_on_meta(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str
     masks = {name: mask for name, buffer in module.named_buffers() if (mask := known_mask(buffer)) is not None}
     module = rebuild(module, lambda name, tensor: masks.get(name, torch.zeros_like(tensor, device="cpu")))
     args, kwargs = pytree.tree_map(_to_zeros, (tuple(args), dict(kwargs)))
-    with torch.no_grad(), draws_kept():
-        return pytree.tree_map(_to_meta, module(*args, **kwargs))
+    with draws_kept():
+        return pytree.tree_map(_to_meta, without_gradients(lambda: module(*args, **kwargs)))
 
 
 def _to_zeros(value: Any) -> Any:

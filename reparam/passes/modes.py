@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from reparam.errors import GuardError
 from reparam.passes.functionalize import is_query
 from reparam.passes.values import plain
 
@@ -44,10 +45,10 @@ def require(value: Any, expected: Any, message: str) -> None:
     """Stop where a value that decides the graph is another one.
 
     Raises:
-        AssertionError: it is.
+        GuardError: it is.
     """
     if value != expected:
-        raise AssertionError(message)
+        raise GuardError(message)
 
 
 def refuse(value: Any, expected: Any, message: str) -> None:

@@ -126,7 +126,7 @@ def find_parts(root: nn.Module, path: str, inputs: Inputs, specialised: Collecti
             if next(child.parameters(), None) is None:
                 continue
             full = f"{path}.{inside}" if path else inside
-            closed = not seen.read_outside(child, inside)
+            closed = seen.closed(child, inside)
             part = _record_part(root, full, seen.calls.get(inside, []), specialised) if closed else None
             if part is None:
                 descend(child, inside)

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import fx
 
+from reparam.passes.gradients import takes_gradients, with_gradients
+
 
 @dataclass
 class Program:
@@ -33,4 +35,4 @@ class Program:
         scope = dict(code.globals)
         exec(compile(code.src, "<reparam graph>", "exec"), scope)
         forward: Callable[..., Any] = scope["forward"]
-        return forward
+        return with_gradients(forward) if takes_gradients(self.graph) else forward

@@ -13,7 +13,7 @@ from reparam.passes.memory import signature
 from reparam.passes.meta import Unknown
 from reparam.passes.modes import BranchOnTraining, choose, differences, put, require_mode
 from reparam.passes.proxies import iter_nodes, nodes_of
-from reparam.passes.restore import refuse_assigned_buffers, restore, snapshot
+from reparam.passes.restore import refuse_assigned_buffers, replaced_tensors, restore, snapshot
 
 
 class Recorder(Answers):
@@ -29,6 +29,7 @@ class Recorder(Answers):
             result = refuse_draws(m, forward)
             self.check_known(mark)
             refuse_assigned_buffers(m)
+            self.refuse_replaced(m, state)
             self.refuse_state(m, forward, state, mark, result)
             return result
         except BranchOnTraining as branch:
@@ -154,6 +155,20 @@ class Recorder(Answers):
             if isinstance(value, Unknown):
                 source = value.source or f"{node.meta.get('source', '')}: {name_of(node)}"
                 raise fx.proxy.TraceError(f"{source}: {value.reason}")
+
+    def refuse_replaced(self, m: nn.Module, state: dict[str, Any]) -> None:
+        """Refuse a module that computes with what an earlier call left in its attributes: a graph has no memory.
+
+        Raises:
+            TraceError: it does.
+        """
+        for name, old in replaced_tensors(m, state):
+            target = self.tensor_attrs.get(old)
+            if target is not None and any(n.op == "get_attr" and n.target == target for n in self.graph.nodes):
+                raise fx.proxy.TraceError(
+                    f"{type(m).__name__} computes with its attribute {name} of an earlier call, and sets it anew; "
+                    "reset it before, or make it a buffer that is changed in place"
+                )
 
     def rollback(self, mark: fx.Node | None) -> None:
         """Forget what was recorded after ``mark``."""

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from reparam.passes.functionalize import is_inplace
 
@@ -23,11 +23,27 @@ def restore(module: nn.Module, state: dict[str, Any]) -> None:
     """Undo what traced code did to the attributes of a module, but keep the constants that fx stored there."""
     constants = {k: v for k, v in vars(module).items() if k.startswith("_tensor_constant")}
     holders = {name: vars(module)[name] for name in _HOLDERS}
+    kept = {name: _refilled(vars(module).get(name), value) for name, value in state.items() if name not in holders}
     vars(module).clear()
-    vars(module).update({**state, **holders, **constants})
+    vars(module).update({**kept, **holders, **constants})
     for name, holder in holders.items():
         if any(holder.get(key) is not value for key, value in state[name].items()):
             holder.update(state[name])
+
+
+def _refilled(current: Any, before: Any) -> Any:
+    """Return the value before; a dict or list with its items before, since a hook may hold it too."""
+    if type(before) not in (dict, list):
+        return before
+    items = before.copy()
+    if type(current) is not type(before):
+        return items
+    current.clear()
+    if isinstance(current, dict):
+        current.update(items)
+    else:
+        current.extend(items)
+    return current
 
 
 @contextlib.contextmanager
@@ -39,6 +55,26 @@ def unchanged(module: nn.Module) -> Iterator[None]:
     finally:
         for child, state in states:
             restore(child, state)
+
+
+def replaced_tensors(module: nn.Module, state: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the plain tensor attributes that code replaced since ``snapshot``, also those in lists and dicts."""
+    for name, old in state.items():
+        new = vars(module).get(name)
+        if (old is new and type(old) is not dict) or name in _HOLDERS:
+            continue
+        for key, value in _items(old):
+            if isinstance(value, Tensor) and dict(_items(new)).get(key) is not value:
+                yield name, value
+
+
+def _items(value: Any) -> Iterator[tuple[Any, Any]]:
+    if type(value) in (list, tuple):
+        yield from enumerate(value)
+    elif type(value) is dict:
+        yield from value.items()
+    else:
+        yield None, value
 
 
 def depends_on_data(node: fx.Node) -> bool:

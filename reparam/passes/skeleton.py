@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from types import CellType, FunctionType
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ def rebuild(module: M, make: Callable[[str, Tensor], Tensor]) -> M:
 
     Ties stay ties, ``requires_grad`` is kept, the original tensors are never copied.
     """
-    memo: dict[int, object] = {}
+    memo: dict[int, Any] = {}
     originals: list[Tensor] = []
     for name, tensor in named_tensors(module):
         if id(tensor) in memo:
@@ -48,7 +49,61 @@ def rebuild(module: M, make: Callable[[str, Tensor], Tensor]) -> M:
                 if isinstance(item, Tensor) and not item.is_leaf and id(item) not in memo:
                     memo[id(item)] = item.detach().clone()
                     originals.append(item)
-    return copy.deepcopy(module, memo)
+    return copied(module, memo)
+
+
+def copied(module: M, memo: dict[int, Any] | None = None) -> M:
+    """Deep-copy ``module``; hooks that hold its modules or their attributes hold those of the copy.
+
+    A function is not copied with its module: ``lambda m, x, y: self.features.append(y)`` would go on to write into the
+    original, and the copy would read what an earlier call of that left behind.
+
+    Args:
+        module: what to copy.
+        memo: see ``copy.deepcopy``; filled.
+    """
+    memo = {} if memo is None else memo
+    result = copy.deepcopy(module, memo)
+    rebind_hooks(result, memo)
+    return result
+
+
+def rebind_hooks(module: nn.Module, memo: dict[int, Any]) -> None:
+    """See :func:`copied`, for a module that was copied with ``memo``."""
+    for child in module.modules():
+        for hooks in (child._forward_pre_hooks, child._forward_hooks):
+            for key, hook in hooks.items():
+                hooks[key] = _rebound(hook, memo)
+
+
+def _rebound(hook: Callable[..., Any], memo: dict[int, Any]) -> Callable[..., Any]:
+    """Return a function that holds the copies of what ``hook`` holds in its closure and its defaults."""
+    if not isinstance(hook, FunctionType):
+        return hook
+
+    def new(value: Any) -> Any:
+        return memo.get(id(value), value)
+
+    def cell(old: CellType) -> CellType:
+        return CellType(new(old.cell_contents)) if _is_set(old) and id(old.cell_contents) in memo else old
+
+    closure = tuple(map(cell, hook.__closure__ or ()))
+    defaults = tuple(map(new, hook.__defaults__ or ()))
+    named = {name: new(value) for name, value in (hook.__kwdefaults__ or {}).items()}
+    pairs = zip((*closure, *defaults), (*(hook.__closure__ or ()), *(hook.__defaults__ or ())), strict=True)
+    if all(a is b for a, b in pairs) and all(named[n] is v for n, v in (hook.__kwdefaults__ or {}).items()):
+        return hook
+    made = FunctionType(hook.__code__, hook.__globals__, hook.__name__, defaults or None, closure or None)
+    made.__kwdefaults__ = named or None
+    vars(made).update(vars(hook))
+    return made
+
+
+def _is_set(cell: CellType) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
 
 
 def skeleton_of(module: M) -> M:

@@ -11,10 +11,12 @@ from torch import Tensor, fx, nn
 from reparam.errors import InputError
 from reparam.ops.block import module_at
 from reparam.passes.example import inputs_from_json
+from reparam.passes.gradients import takes_gradients, with_gradients
 from reparam.passes.interface import Interface
 from reparam.passes.parts import HOST, host_of
 from reparam.passes.plan import Plan
 from reparam.passes.program import Program
+from reparam.passes.skeleton import copied, rebind_hooks
 
 _NOT_COPIED = ("_graph", "_views", "_skeleton", "_programs", "_interface", "meta", "_code", "_shell", HOST)
 _METHODS = ("no_weight_decay", "no_weight_decay_keywords", "group_matcher")
@@ -76,6 +78,8 @@ class Teacher(fx.GraphModule):
     def recompile(self) -> Any:
         """Generate the forward again; it follows the train mode where there are two programs."""
         code = super().recompile()
+        if takes_gradients(self.graph):
+            type(self).forward = with_gradients(type(self).forward)
         if len(self.__dict__.get("_programs", ())) > 1:
             in_eval, in_train = type(self).forward, self._programs[1].function()
 
@@ -140,7 +144,8 @@ class Teacher(fx.GraphModule):
         shell: nn.Module = object.__new__(type(self._shell[0]))
         memo[id(self._shell[0])] = shell
         vars(shell).update({k: copy.deepcopy(v, memo) for k, v in vars(self._shell[0]).items()})
-        result = Teacher(root, [p.copy() for p in self._programs], self.plan, copy.deepcopy(self.skeleton), shell)
+        result = Teacher(root, [p.copy() for p in self._programs], self.plan, copied(self.skeleton), shell)
+        rebind_hooks(result, memo)
         result.meta.update({k: v for k, v in self.meta.items() if k != "reparam"})
         memo[id(self)] = result
         for old in self._views:

@@ -160,6 +160,8 @@ class ModelTracer(Recorder):
                     stack.enter_context(patch)
                 graph = super().trace(root, concrete_args)
                 refuse_assigned_buffers(root)
+                for module, state in states:
+                    self.refuse_replaced(module, state)
         finally:
             _TRACERS.pop()
             for module, state in states:
@@ -218,6 +220,8 @@ class ModelTracer(Recorder):
             return self.create_node("call_function", getattr, (parameter, "device"), {})
         if isinstance(a, Tensor) and a.is_meta and a not in self.tensor_attrs:
             raise fx.proxy.TraceError(f"{source_line()}: a tensor was made from parameters that are not there yet")
+        if isinstance(a, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(a):
+            raise fx.proxy.TraceError(f"{source_line()}: torch.vmap or torch.func.grad have no place in a graph")
         if type(a) is OrderedDict:
             pairs = [(key, value) for key, value in a.items()]
             return self.create_node("call_function", OrderedDict, (self.create_arg(pairs),), {})

@@ -7,7 +7,6 @@ time, values are freed after their last use.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,10 +22,11 @@ from reparam.ops.maps import Maps, take_index
 from reparam.ops.params import repeat_all
 from reparam.passes.capture import Capture, key_of
 from reparam.passes.example import Inputs
+from reparam.passes.gradients import TAKE, is_cut_off, needs_gradients, without_gradients
 from reparam.passes.meta import has_tensor
 from reparam.passes.plan import Plan
 from reparam.passes.seeds import generators_kept, seed
-from reparam.passes.skeleton import canonical_names, named_tensors
+from reparam.passes.skeleton import canonical_names, copied, named_tensors
 from reparam.passes.tf32 import tf32
 from reparam.passes.torch_modules import without_fast_paths
 from reparam.passes.trial import Trial
@@ -77,6 +77,10 @@ def verify(model: nn.Module, capture: Capture, rewritten: Rewritten, plan: Plan,
     Raises:
         VerificationError: a node differs; names node, operator, module and source line.
     """
+    return without_gradients(lambda: _verified(model, capture, rewritten, plan, inputs))
+
+
+def _verified(model: nn.Module, capture: Capture, rewritten: Rewritten, plan: Plan, inputs: Inputs) -> NodeError:
     plain = _student_tensors(model)
     tensors = _teacher_tensors(model, plan, plain)
     student = World(capture.graph, capture.root, plain)
@@ -94,10 +98,10 @@ def verify(model: nn.Module, capture: Capture, rewritten: Rewritten, plan: Plan,
     single: set[fx.Node] = set()
     recorded: Any = None
     device = _device(inputs)
-    with torch.no_grad(), generators_kept(device), in_double(), tf32(False):  # what runs in single precision
+    with generators_kept(device), in_double(), tf32(False):  # what runs in single precision
         for node in rewritten.graph.nodes:
             seed(0, device)
-            teacher.run(node, feeds)
+            _run_wide(teacher, node, feeds)
             old = partner.get(node)
             if old is not None and old.op == "get_attr":
                 student.run(old, feeds)  # a weight alone obeys its parameter map, not the invariant
@@ -123,6 +127,19 @@ def verify(model: nn.Module, capture: Capture, rewritten: Rewritten, plan: Plan,
             teacher.free(node)
         _compare_with_model(capture, student, recorded, inputs)
     return worst
+
+
+def _run_wide(teacher: World, node: fx.Node, feeds: dict[str, Any]) -> None:
+    try:
+        teacher.run(node, feeds)
+    except RuntimeError as error:
+        if node.target not in TAKE or not is_cut_off(error):
+            raise
+        raise VerificationError(
+            f"node {node.name} ({node.meta.get('source', '')}) takes a gradient with respect to a value that is wider "
+            "in the teacher, and there is no rule for that. Pass ignore=[...] with the layers in front of that value, "
+            "or move the code that takes the gradient into a submodule, which is kept as it is"
+        ) from error
 
 
 def _device(inputs: Inputs) -> torch.device:
@@ -158,11 +175,11 @@ def _compare_with_model(capture: Capture, world: World, recorded: Any, inputs: I
     """Compare the recorded graph with the model itself: what the capture missed, no comparison of two graphs shows."""
     if "" in capture.leaves:
         return  # the recorded graph is a call of the model
-    model = copy.deepcopy(capture.root.get_submodule(capture.path))
+    model = copied(capture.root.get_submodule(capture.path))
     eager = _run_model(model, capture, world, inputs, 0)
     if eager is None:
         return
-    ours = [v for v in pytree.tree_leaves(_open(recorded)) if isinstance(v, Tensor)]
+    ours = _in_outputs(recorded)
     errors = [_difference(a, b, {}) for a, b in zip(eager, ours, strict=True)]
     if max(errors, default=0.0) <= TOLERANCE:
         return
@@ -190,15 +207,21 @@ def _run_model(model: nn.Module, capture: Capture, world: World, inputs: Inputs,
                 model.get_submodule(name).training = capture.in_train_mode
         try:
             result = functional_call(model, tensors, args, kwargs)
-        except (RuntimeError, TypeError):
+        except (RuntimeError, TypeError) as error:
+            if needs_gradients(error) and not torch.is_grad_enabled():
+                raise
             return None  # plain tensor attributes of another dtype
-    return [v for v in pytree.tree_leaves(_open(result)) if isinstance(v, Tensor)]
+    return _in_outputs(result)
 
 
 def _drop_hooks(module: nn.Module) -> None:
     for name, value in vars(module).items():
         if name in ("_forward_hooks", "_forward_pre_hooks"):
             vars(module)[name] = type(value)()
+
+
+def _in_outputs(value: Any) -> list[Tensor]:
+    return [v.detach() for v in pytree.tree_leaves(_open(value)) if isinstance(v, Tensor)]
 
 
 def _open(value: Any) -> Any:
@@ -244,7 +267,7 @@ def _size(value: Any, given: float) -> float:
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    return [leaf for _path, leaf in walk(value) if isinstance(leaf, Tensor)]
+    return [leaf.detach() for _path, leaf in walk(value) if isinstance(leaf, Tensor)]
 
 
 def _difference(student: Tensor, teacher: Tensor, maps: Maps, floor: float = 0.0) -> float:

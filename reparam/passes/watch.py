@@ -27,15 +27,22 @@ class Seen:
     Args:
         calls: path of a submodule -> its calls, on the meta device, in order.
         reads: name of a parameter or buffer -> the modules that were running when it was used, per use.
+        transformed: paths of submodules that run inside ``torch.vmap`` or a derivative of ``torch.func``.
     """
 
     calls: dict[str, list[Inputs]] = field(default_factory=dict)
     reads: dict[str, set[tuple[str, ...]]] = field(default_factory=dict)
+    transformed: set[str] = field(default_factory=set)
 
-    def read_outside(self, module: nn.Module, path: str) -> bool:
-        """Whether code outside a module reads its parameters: tied weights, a decoder that uses an embedding."""
+    def closed(self, module: nn.Module, path: str) -> bool:
+        """Whether a module is a function of what it is called with, which a graph may take the place of.
+
+        It is not where code outside reads its parameters (tied weights, a decoder that uses an embedding), nor inside
+        transforms of ``torch.func``.
+        """
         names = (f"{path}.{name}" for name, _tensor in named_tensors(module))
-        return any(path not in running for name in names for running in self.reads.get(name, ()))
+        outside = any(path not in running for name in names for running in self.reads.get(name, ()))
+        return not outside and path not in self.transformed
 
 
 def watch(module: nn.Module, inputs: Inputs) -> Seen:
@@ -81,6 +88,9 @@ def _run(module: nn.Module, seen: Seen, call: Callable[[], Any]) -> bool:
 
     def enter(name: str, _module: nn.Module, args: Any, kwargs: Any) -> None:
         running.append(name)
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            seen.transformed.add(name)
+            return
         found = pytree.tree_map(lambda v: v.detach().to("meta") if isinstance(v, Tensor) else v, (args, kwargs))
         seen.calls.setdefault(name, []).append(found)
 

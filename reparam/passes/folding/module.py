@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 
 from reparam.ops.kernels import Kernel
+from reparam.passes.gradients import takes_gradients, with_gradients
 
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
@@ -63,6 +64,13 @@ class FoldedModule(fx.GraphModule):
                 vars(self).setdefault(name, value)
         self.training = root.training
         self.graph = graph
+
+    def recompile(self) -> Any:
+        """Generate the forward again."""
+        code = super().recompile()
+        if takes_gradients(self.graph):
+            type(self).forward = with_gradients(type(self).forward)
+        return code
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FoldedModule:
         return _rebuild(*copy.deepcopy(self.__reduce__()[1], memo))

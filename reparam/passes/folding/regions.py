@@ -89,6 +89,8 @@ class Regions:
             return self._joined(op)
         build = op.kernel
         if op.kind == "affine":
+            if value_of(op.node).dim() < 2:
+                return []  # a loss, or a number per sample: no kernel has such values
             build = affine_kernel(op, self._dims(op))
         assert build is not None
         source = self.value(op.inputs[0])

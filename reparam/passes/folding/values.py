@@ -46,7 +46,7 @@ def follow(node: fx.Node, value: fx.Node, dim: int) -> tuple[int, Tensor] | None
         or if what is the same all over a channel would not stay so.
     """
     meta = value_of(value)
-    channels = meta.shape[dim]
+    channels = meta.shape[dim] if dim < meta.dim() else 0
     if channels < 2:
         return None
     # Codes that no average of others gives.
