@@ -102,7 +102,7 @@ def test_what_an_earlier_call_left_is_no_constant(kind: type[Recurrent]) -> None
     with torch.no_grad():
         model(batch(0))
         model(batch(1))
-    with pytest.raises(CaptureError, match=f"{kind.__name__} computes with its attribute kept of an earlier call"):
+    with pytest.raises(CaptureError, match=f"{kind.__name__} keeps state in kept, and a graph would repeat"):
         reparam.expand(model, 2, example_input=batch(2))
 
 

@@ -7,13 +7,13 @@ weights alone is computed anew by the graph.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from reparam.passes.proxies import iter_nodes, nodes_of
+from reparam.passes.restore import refilled
 from reparam.passes.seeds import draws
 
 _HOLDERS = ("_buffers", "_parameters", "_modules")
@@ -31,10 +31,11 @@ class Left:
         raise fx.proxy.TraceError(f"it gives a value that an earlier call left behind to {function}")
 
 
-def attributes_left(module: nn.Module, before: dict[str, Any]) -> dict[str, Any]:
-    """Return the plain attributes that a call changed, and what the next one finds there, to tell state from caches.
+def prepare_next_call(module: nn.Module, before: dict[str, Any]) -> list[str]:
+    """Leave in a module what tells state from caches in its next call, and return the attributes that a call changed.
 
-    A number stays, values of the inputs become `Left`, and caches (of sizes, weights, constants) are taken away.
+    Numbers and tables stay as the call left them, values of its inputs become `Left`, and what was computed from sizes
+    and weights is taken away. Dicts and lists stay the same objects, since a hook may hold them.
 
     Args:
         module: the module, behind the call.
@@ -45,14 +46,17 @@ def attributes_left(module: nn.Module, before: dict[str, Any]) -> dict[str, Any]
         for name, value in vars(module).items()
         if name not in _HOLDERS and not name.startswith("_tensor_constant") and not _same(before.get(name), value)
     }
-    found: dict[str, Any] = {}
     caches = {name for name, value in changed.items() if _is_cache(value)}
     for name, value in changed.items():
         if name in caches or (caches and isinstance(value, bool)):  # a flag that says that the cache is there
-            found[name] = copy.copy(before.get(name))  # which the next call may change
-        else:
-            found[name] = Left() if _of_inputs(value) else value
-    return found
+            vars(module)[name] = refilled(value, before.get(name))
+        elif isinstance(value, dict):
+            value.update({key: Left() for key, item in value.items() if _of_inputs(item)})
+        elif isinstance(value, list):
+            value[:] = [Left() if _of_inputs(item) else item for item in value]
+        elif _of_inputs(value):
+            vars(module)[name] = Left()
+    return sorted(changed)
 
 
 def _same(before: Any, value: Any) -> bool:
@@ -69,22 +73,11 @@ def _same(before: Any, value: Any) -> bool:
 
 
 def _is_cache(value: Any) -> bool:
-    holds = any(isinstance(leaf, Tensor) or issubclass(type(leaf), fx.Proxy) for leaf in _leaves(value))
-    return holds and not _of_inputs(value)
+    return any(iter_nodes(nodes_of(value))) and not _of_inputs(value)
 
 
 def _of_inputs(value: Any) -> bool:
     return any(_depends_on_inputs(node) for node in iter_nodes(nodes_of(value)))
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _leaves(item)
-    else:
-        yield value
 
 
 def _depends_on_inputs(node: fx.Node) -> bool:

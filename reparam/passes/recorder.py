@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from reparam.passes.answers import Answers, name_of
-from reparam.passes.carried import attributes_left, refuse_draws
+from reparam.passes.carried import prepare_next_call, refuse_draws
 from reparam.passes.memory import signature
 from reparam.passes.meta import Unknown
 from reparam.passes.modes import BranchOnTraining, choose, differences, put, require_mode
@@ -62,15 +63,18 @@ class Recorder(Answers):
         Raises:
             TraceError: it does; names the attributes.
         """
-        left = {} if self._repeating else attributes_left(m, before)
-        if not left:
+        if self._repeating:
             return
         kept, last, first = snapshot(m), self.last_node(), self._nodes_after(mark)
-        vars(m).update(left)
+        changed = prepare_next_call(m, before)
+        if not changed:
+            return
         self._repeating = True
         try:
             again = forward()
-            alike = differences(first, self._nodes_after(last), (nodes_of(result), nodes_of(again))) == []
+            second = self._nodes_after(last)
+            self._name_alike(first, second)
+            alike = differences(first, second, (nodes_of(result), nodes_of(again))) == []
         except Exception:
             alike = False
         finally:
@@ -79,9 +83,17 @@ class Recorder(Answers):
             restore(m, kept)
         if not alike:
             raise fx.proxy.TraceError(
-                f"{type(m).__name__} keeps state in {', '.join(sorted(left))}, and a graph would repeat that of now; "
+                f"{type(m).__name__} keeps state in {', '.join(changed)}, and a graph would repeat that of now; "
                 "keep it in a buffer that is changed in place, or in a submodule that stays as it is"
             )
+
+    def _name_alike(self, first: list[fx.Node], second: list[fx.Node]) -> None:
+        """Let constants that both calls computed, each for itself, be the same one."""
+        kept = {n.target: getattr(self.root, str(n.target)) for n in first if _is_constant(n)}
+        for node in filter(_is_constant, second):
+            value = getattr(self.root, str(node.target))
+            same = (name for name, one in kept.items() if one.dtype == value.dtype and torch.equal(one, value))
+            node.target = next(same, node.target)
 
     def _merged(
         self, m: nn.Module, target: str, forward: Callable[[], Any], mark: fx.Node | None, state: dict[str, Any]
@@ -183,3 +195,8 @@ class Recorder(Answers):
         for path in list(self.outputs):
             calls = self.outputs[path]
             calls[:] = [c for c in calls if not any(n in erased for n in iter_nodes(c))]
+
+
+def _is_constant(node: fx.Node) -> bool:
+    """Whether a node reads a tensor that code made from no input."""
+    return node.op == "get_attr" and str(node.target).startswith("_tensor_constant")

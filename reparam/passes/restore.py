@@ -23,7 +23,7 @@ def restore(module: nn.Module, state: dict[str, Any]) -> None:
     """Undo what traced code did to the attributes of a module, but keep the constants that fx stored there."""
     constants = {k: v for k, v in vars(module).items() if k.startswith("_tensor_constant")}
     holders = {name: vars(module)[name] for name in _HOLDERS}
-    kept = {name: _refilled(vars(module).get(name), value) for name, value in state.items() if name not in holders}
+    kept = {name: refilled(vars(module).get(name), value) for name, value in state.items() if name not in holders}
     vars(module).clear()
     vars(module).update({**kept, **holders, **constants})
     for name, holder in holders.items():
@@ -31,7 +31,7 @@ def restore(module: nn.Module, state: dict[str, Any]) -> None:
             holder.update(state[name])
 
 
-def _refilled(current: Any, before: Any) -> Any:
+def refilled(current: Any, before: Any) -> Any:
     """Return the value before; a dict or list with its items before, since a hook may hold it too."""
     if type(before) not in (dict, list):
         return before

@@ -12,10 +12,9 @@ Three things differ from ``torch.fx.symbolic_trace``:
 from __future__ import annotations
 
 import contextlib
-import functools
 import operator
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import is_dataclass
 from types import FunctionType
 from typing import Any
@@ -35,6 +34,7 @@ from reparam.passes.functionalize import (
     storage,
 )
 from reparam.passes.intrinsics import intrinsics
+from reparam.passes.listening import TRACERS, listed_tensors, training_property
 from reparam.passes.memory import Memory, remember, remembered, shapes_of, signature
 from reparam.passes.meta import Unknown, has_tensor, run_leaf_on_meta, run_on_meta
 from reparam.passes.modes import refuse, require, require_mode
@@ -45,57 +45,6 @@ from reparam.passes.seeds import draws_kept
 from reparam.passes.skeleton import named_tensors, to_meta
 from reparam.passes.state import function_key
 from reparam.passes.values import plain
-
-_TRACERS: list[ModelTracer] = []
-
-
-@contextlib.contextmanager
-def _training_property() -> Iterator[None]:
-    """While tracing, ``module.training`` asks the innermost tracer instead of the instance."""
-
-    def read(module: nn.Module) -> Any:
-        return _TRACERS[-1].training_of(module)
-
-    def write(module: nn.Module, value: bool) -> None:
-        _TRACERS[-1].refuse_new_mode(module)
-        vars(module)["training"] = value
-
-    if isinstance(vars(nn.Module).get("training"), property):
-        yield
-        return
-    nn.Module.training = property(read, write)  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del nn.Module.training
-
-
-@contextlib.contextmanager
-def _listed_tensors() -> Iterator[None]:
-    """While tracing, ``module.parameters()`` and ``buffers()`` yield graph values, as access by name does.
-
-    Networks ask the first one for its device and dtype (``next(self.parameters()).device``).
-    """
-    plain = {name: vars(nn.Module)[name] for name in ("parameters", "buffers")}
-    if any(hasattr(function, "__wrapped__") for function in plain.values()):
-        yield
-        return
-    for name, function in plain.items():
-        setattr(nn.Module, name, _as_values(function))
-    try:
-        yield
-    finally:
-        for name, function in plain.items():
-            setattr(nn.Module, name, function)
-
-
-def _as_values(function: Callable[..., Iterator[Tensor]]) -> Callable[..., Iterator[Any]]:
-    @functools.wraps(function)
-    def listed(self: nn.Module, recurse: bool = True) -> Iterator[Any]:
-        tracer = _TRACERS[-1]
-        return (tracer.getattr("", tensor, tracer._cache) for tensor in function(self, recurse))
-
-    return listed
 
 
 class ModelTracer(Recorder):
@@ -152,9 +101,9 @@ class ModelTracer(Recorder):
         states = [(module, snapshot(module)) for module in root.modules()]
         if self.fixed_training is not None:
             _forget_counts(root)
-        _TRACERS.append(self)
+        TRACERS.append(self)
         try:
-            patches = _training_property(), _listed_tensors(), proxies_have_types(), draws_kept()
+            patches = training_property(), listed_tensors(), proxies_have_types(), draws_kept()
             with contextlib.ExitStack() as stack:
                 for patch in (*patches, intrinsics(self._intrinsic, self._function)):
                     stack.enter_context(patch)
@@ -163,7 +112,7 @@ class ModelTracer(Recorder):
                 for module, state in states:
                     self.refuse_replaced(module, state)
         finally:
-            _TRACERS.pop()
+            TRACERS.pop()
             for module, state in states:
                 restore(module, state)
         functionalize(graph)
@@ -171,7 +120,7 @@ class ModelTracer(Recorder):
         return graph
 
     def _intrinsic(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._evaluating or self is not _TRACERS[-1]:
+        if self._evaluating or self is not TRACERS[-1]:
             return NotImplemented
         return self.create_proxy("call_function", function, args, kwargs)
 
@@ -248,7 +197,7 @@ class ModelTracer(Recorder):
 
     def _function(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Trace into a function, or keep it as one operator where that fails."""
-        if self._evaluating or self is not _TRACERS[-1] or self.fixed_training is not None:
+        if self._evaluating or self is not TRACERS[-1] or self.fixed_training is not None:
             return NotImplemented
         mark, name = self.last_node(), function_key(function)
         try:
