@@ -17,10 +17,8 @@ from torch.utils import _pytree as pytree
 
 from reparam.passes.functionalize import is_inplace, is_pure, storage
 from reparam.passes.meta import Unknown
+from reparam.passes.skeleton import MOST_VALUES
 from reparam.passes.values import plain
-
-_MOST = 2**16
-"""Largest number of elements of a buffer that is computed with."""
 
 
 def known_value(node: fx.Node, root: nn.Module, used: set[int]) -> Any:
@@ -54,7 +52,7 @@ class _Known:
     def _attribute(self, node: fx.Node) -> Any:
         found = operator.attrgetter(str(node.target))(self.root)
         found = getattr(found, "reparam_values", found)
-        usable = isinstance(found, Tensor) and not found.is_meta and found.numel() <= _MOST
+        usable = isinstance(found, Tensor) and not found.is_meta and found.numel() <= MOST_VALUES
         if not usable or storage(node) in self.written:
             raise LookupError(f"the value of {node.target} is not known")
         return found.detach().cpu()

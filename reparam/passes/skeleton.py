@@ -106,12 +106,16 @@ def _is_set(cell: CellType) -> bool:
         return False
 
 
+MOST_VALUES = 2**16
+"""Largest number of elements of a buffer that a skeleton knows: masks and indices; it must not hold a whole network."""
+
+
 def skeleton_of(module: M) -> M:
-    """Return a copy of ``module`` whose parameters and buffers are on the meta device; buffers know their values."""
+    """Return a copy of ``module`` with parameters and buffers on the meta device; small buffers know their values."""
     skeleton = rebuild(module, lambda _name, tensor: tensor.to("meta"))
     values = dict(module.named_buffers(remove_duplicate=False))
     for name, buffer in skeleton.named_buffers(remove_duplicate=False):
-        if not values[name].is_meta:
+        if not values[name].is_meta and values[name].numel() <= MOST_VALUES:
             vars(buffer)["reparam_values"] = values[name].detach()
     modes = train_modes(skeleton)
     # Modules that keep results of their eval mode (attention biases) forget them here: those came from other weights.
