@@ -124,6 +124,40 @@ def test_caches_are_no_state():
     assert not reparam.expand(Inside(Cached), 2, example_input=x.float()).plan.leaves
 
 
+class CachedInEval(nn.Module):
+    """Keeps what it computed from its weights in eval mode, and does something else in train mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.bias = nn.Linear(8, 8), nn.Parameter(torch.randn(8))
+        self.kept: dict[str, Tensor] = {}
+
+    def train(self, mode: bool = True) -> CachedInEval:
+        super().train(mode)
+        if mode:
+            self.kept.clear()
+        return self
+
+    def forward(self, h: Tensor) -> Tensor:
+        if self.training:
+            return self.layer(h) + 2 * self.bias
+        if "bias" not in self.kept:
+            self.kept["bias"] = 2 * self.bias
+        return torch.addmm(self.kept["bias"], h, self.layer.weight.t())
+
+
+@pytest.mark.parametrize("ran", [False, True])
+def test_caches_of_one_mode_are_no_state(ran):
+    net = nn.Sequential(nn.Linear(4, 8), CachedInEval(), nn.Linear(8, 2)).double().eval()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    if ran:
+        net(x)
+    teacher = reparam.expand(net, 2, example_input=x)
+    assert not teacher.plan.leaves and teacher.plan.coverage == 1
+    for mode in (True, False):
+        torch.testing.assert_close(teacher.train(mode)(x), net.train(mode)(x), rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("kind", ["random", "numpy", "torch"])
 def test_numbers_drawn_by_python(kind):
     net = nn.Sequential(nn.Linear(4, 8), LayerDrop(kind), nn.Linear(8, 2)).double()

@@ -26,12 +26,13 @@ class Recorder(Answers):
 
     def recorded(self, m: nn.Module, forward: Callable[[], Any], mark: fx.Node | None, state: dict[str, Any]) -> Any:
         """Run ``forward``; where it branches on a training flag, in both modes."""
+        start = self.last_node()  # behind a guard of the mode, if there is one
         try:
             result = refuse_draws(m, forward)
             self.check_known(mark)
             refuse_assigned_buffers(m)
             self.refuse_replaced(m, state)
-            self.refuse_state(m, forward, state, mark, result)
+            self.refuse_state(m, forward, state, start, result)
             return result
         except BranchOnTraining as branch:
             if branch.target in self.flags:
