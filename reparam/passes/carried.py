@@ -13,7 +13,7 @@ from typing import Any
 from torch import fx, nn
 
 from reparam.passes.proxies import iter_nodes, nodes_of
-from reparam.passes.restore import refilled
+from reparam.passes.restore import depends_on, refilled
 from reparam.passes.seeds import draws
 
 _HOLDERS = ("_buffers", "_parameters", "_modules")
@@ -77,22 +77,7 @@ def _is_cache(value: Any) -> bool:
 
 
 def _of_inputs(value: Any) -> bool:
-    return any(_depends_on_inputs(node) for node in iter_nodes(nodes_of(value)))
-
-
-def _depends_on_inputs(node: fx.Node) -> bool:
-    """Whether the values of an input go into a node, not only their sizes and devices."""
-    stack, seen = [node], set()
-    while stack:
-        current = stack.pop()
-        if current in seen:
-            continue
-        seen.add(current)
-        if current.op == "placeholder":
-            return True
-        query = current.target is getattr or current.target in ("size", "dim", "numel")
-        stack += [] if query else current.all_input_nodes
-    return False
+    return any(depends_on(node, ("placeholder",)) for node in iter_nodes(nodes_of(value)))
 
 
 def refuse_draws(module: nn.Module, forward: Callable[[], Any]) -> Any:

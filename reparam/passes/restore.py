@@ -77,15 +77,15 @@ def _items(value: Any) -> Iterator[tuple[Any, Any]]:
         yield None, value
 
 
-def depends_on_data(node: fx.Node) -> bool:
-    """Whether the values of an input, a parameter or a module go into a node, not only sizes and devices."""
+def depends_on(node: fx.Node, kinds: tuple[str, ...]) -> bool:
+    """Whether the values of nodes of these kinds (of inputs, parameters) go into a node, not only sizes and devices."""
     stack, seen = [node], set()
     while stack:
         current = stack.pop()
         if current in seen:
             continue
         seen.add(current)
-        if current.op in ("placeholder", "get_attr", "call_module"):
+        if current.op in kinds:
             return True
         query = current.target is getattr or current.target in ("size", "dim", "numel")
         stack += [] if query else current.all_input_nodes
@@ -104,6 +104,8 @@ def refuse_assigned_buffers(module: nn.Module) -> None:
         if not issubclass(type(value), fx.Proxy):
             continue
         node = value.node  # type: ignore[union-attr]
-        cached = name in module._non_persistent_buffers_set and not depends_on_data(node)
+        cached = name in module._non_persistent_buffers_set and not depends_on(
+            node, ("placeholder", "get_attr", "call_module")
+        )
         if not cached and not is_inplace(node):
             raise fx.proxy.TraceError(f"{type(module).__name__} assigns a new tensor to its buffer {name}")
