@@ -13,10 +13,8 @@ from typing import Any
 from torch import fx, nn
 
 from reparam.passes.proxies import iter_nodes, nodes_of
-from reparam.passes.restore import depends_on, refilled
+from reparam.passes.restore import HOLDERS, depends_on, refilled
 from reparam.passes.seeds import draws
-
-_HOLDERS = ("_buffers", "_parameters", "_modules")
 
 
 class Left:
@@ -44,7 +42,7 @@ def prepare_next_call(module: nn.Module, before: dict[str, Any]) -> list[str]:
     changed = {
         name: value
         for name, value in vars(module).items()
-        if name not in _HOLDERS and not name.startswith("_tensor_constant") and not _same(before.get(name), value)
+        if name not in HOLDERS and not name.startswith("_tensor_constant") and not _same(before.get(name), value)
     }
     caches = {name for name, value in changed.items() if _is_cache(value)}
     for name, value in changed.items():

@@ -66,10 +66,11 @@ class Recorder(Answers):
         """
         if self._repeating:
             return
-        kept, last, first = snapshot(m), self.last_node(), self._nodes_after(mark)
+        kept = snapshot(m)
         changed = prepare_next_call(m, before)
         if not changed:
             return
+        last, first = self.last_node(), self._nodes_after(mark)
         self._repeating = True
         try:
             again = forward()

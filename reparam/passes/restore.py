@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from reparam.passes.functionalize import is_inplace
 
-_HOLDERS = ("_buffers", "_parameters", "_modules")
+HOLDERS = ("_buffers", "_parameters", "_modules")
 
 
 def snapshot(module: nn.Module) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def snapshot(module: nn.Module) -> dict[str, Any]:
 def restore(module: nn.Module, state: dict[str, Any]) -> None:
     """Undo what traced code did to the attributes of a module, but keep the constants that fx stored there."""
     constants = {k: v for k, v in vars(module).items() if k.startswith("_tensor_constant")}
-    holders = {name: vars(module)[name] for name in _HOLDERS}
+    holders = {name: vars(module)[name] for name in HOLDERS}
     kept = {name: refilled(vars(module).get(name), value) for name, value in state.items() if name not in holders}
     vars(module).clear()
     vars(module).update({**kept, **holders, **constants})
@@ -61,7 +61,7 @@ def replaced_tensors(module: nn.Module, state: dict[str, Any]) -> Iterator[tuple
     """Yield the plain tensor attributes that code replaced since ``snapshot``, also those in lists and dicts."""
     for name, old in state.items():
         new = vars(module).get(name)
-        if (old is new and type(old) is not dict) or name in _HOLDERS:
+        if (old is new and type(old) is not dict) or name in HOLDERS:
             continue
         for key, value in _items(old):
             if isinstance(value, Tensor) and dict(_items(new)).get(key) is not value:
