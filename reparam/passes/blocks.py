@@ -14,6 +14,7 @@ from reparam.ops.expressions import Expression, has_norms
 from reparam.ops.frames import Frame, Read, Widening
 from reparam.ops.kernels import Kernel
 from reparam.ops.params import ParamMap
+from reparam.passes.contexts import NOTED
 from reparam.passes.plan import STATISTICS, Plan
 from reparam.passes.rows import BranchPlan
 from reparam.passes.sites import LINEAR_FUNCTIONS, arguments, is_linear
@@ -110,7 +111,7 @@ def _in_place_of(graph: fx.Graph, node: fx.Node, path: str) -> fx.Node:
         # Its module's own flag: a layer whose module is in eval mode is merged.
         flag = graph.create_node("get_attr", f"{module}.training" if module else "training")
         new = graph.call_module(path, (given["input"], given["weight"], given.get("bias"), flag))
-    new.meta.update({k: v for k, v in node.meta.items() if k in ("module", "source")})
+    new.meta.update({k: v for k, v in node.meta.items() if k in NOTED})
     node.replace_all_uses_with(new)
     graph.erase_node(node)
     return new

@@ -67,7 +67,7 @@ def functionalize(graph: fx.Graph) -> None:
         if not is_inplace(node) or not node.args or not isinstance(node.args[0], fx.Node):
             continue
         changed = node.args[0]
-        if node.target is setitem and _is_shared(changed, node, order):
+        if node.target is setitem and (written(node) or _is_shared(changed, node, order)):
             node.target = assign
         if changed.op == "get_attr" or not isinstance(changed.meta.get("val"), Tensor):
             continue
@@ -84,6 +84,14 @@ def _is_shared(changed: fx.Node, node: fx.Node, order: dict[fx.Node, int]) -> bo
         for other in order
         if order[other] < order[node] and not is_inplace(other)
     )
+
+
+def written(node: fx.Node) -> fx.Node | None:
+    """Return the node that reads the tensor of the network that an operator changes in place; None if it does not."""
+    memory, current = storage(node.args[0]) if is_inplace(node) and isinstance(node.args[0], fx.Node) else None, node
+    while current.args and isinstance(current.args[0], fx.Node):
+        current = current.args[0]
+    return current if current.op == "get_attr" and memory is not None and storage(current) == memory else None
 
 
 def storage(node: fx.Node) -> int | None:

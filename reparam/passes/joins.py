@@ -189,7 +189,7 @@ def _is_fixed(node: fx.Node) -> bool:
 def _key(node: fx.Node) -> Any:
     """What an operator is, without the values that it reads."""
     constants = plain(fx.node.map_arg((node.args, node.kwargs), lambda _n: "a value"))
-    return node.op, node.name if node.op == "placeholder" else node.target, constants
+    return node.op, node.name if node.op == "placeholder" else node.target, constants, node.meta.get("around")
 
 
 def _same_kind(a: Any, b: Any, numbers: bool = False) -> bool:

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from reparam.passes.contexts import autocast_takes_meta
 from reparam.passes.gradients import without_gradients
-from reparam.passes.restore import unchanged
+from reparam.passes.restore import replaced, unchanged
 from reparam.passes.seeds import draws_kept
 from reparam.passes.skeleton import known_mask, rebuild, to_meta
 
@@ -63,16 +64,6 @@ def _batch_norm(
     return torch.empty_like(input)
 
 
-@contextlib.contextmanager
-def _replaced(holder: Any, name: str, replacement: Any) -> Iterator[None]:
-    before = getattr(holder, name)
-    setattr(holder, name, replacement)
-    try:
-        yield
-    finally:
-        setattr(holder, name, before)
-
-
 def _quick_norms() -> contextlib.AbstractContextManager[None]:
     """Let modules on the meta device use the batch norm above."""
     plain = F.batch_norm
@@ -91,7 +82,7 @@ def _quick_norms() -> contextlib.AbstractContextManager[None]:
             usual = usual and running_mean is not None and running_var is not None
         return (_batch_norm if usual else plain)(input, running_mean, running_var, *args, **kwargs)
 
-    return _replaced(F, "batch_norm", quick)
+    return replaced(F, "batch_norm", quick)
 
 
 def _to_meta(value: Any) -> Any:
@@ -103,21 +94,11 @@ def _to_meta(value: Any) -> Any:
 def run_module_on_meta(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Run a module with meta parameters on meta inputs; its state is not changed."""
     args, kwargs = pytree.tree_map(_to_meta, (tuple(args), dict(kwargs)))
-    on_meta = (unchanged(module), draws_kept(), _plain_tensors_on_meta(module), _quick_norms(), _autocast_of_meta())
+    on_meta = (unchanged(module), draws_kept(), _plain_tensors_on_meta(module), _quick_norms(), autocast_takes_meta())
     with torch.device("meta"), contextlib.ExitStack() as stack:
         for context in on_meta:
             stack.enter_context(context)
         return without_gradients(lambda: module(*args, **kwargs))
-
-
-def _autocast_of_meta() -> contextlib.AbstractContextManager[None]:
-    """Let code enter or leave autocast for ``x.device.type``, which torch does not know on the meta device."""
-    plain = torch.autocast.__init__
-
-    def init(self: Any, device_type: str, *args: Any, **kwargs: Any) -> None:
-        plain(self, "cpu" if device_type == "meta" else device_type, *args, **kwargs)
-
-    return _replaced(torch.autocast, "__init__", init)
 
 
 @contextlib.contextmanager

@@ -104,7 +104,7 @@ def differences(
     same: dict[fx.Node, fx.Node] = {}
     found: list[Difference] = []
     for a, b in zip(first, second, strict=True):
-        if (a.op, a.target) != (b.op, b.target):
+        if (a.op, a.target, a.meta["around"]) != (b.op, b.target, b.meta["around"]):
             return None
         for holder, left, right in (("args", a.args, b.args), ("kwargs", a.kwargs, b.kwargs)):
             unlike = _compare(plain(left), plain(right), (holder,), same)

@@ -41,6 +41,7 @@ from reparam.passes.values import (
     transform,
     walk,
 )
+from reparam.passes.writes import keep_writes
 
 
 class Planner:
@@ -182,6 +183,7 @@ class Planner:
             if not call.default_layout():
                 raise
             value = entry.function(call, *call.args, **call.kwargs)
+        keep_writes(self, node, call)
         value = value if self.streams is None else carry(call, value)
         if entry.family != "query":
             self._check_divided({"args": args, "kwargs": kwargs}, call.weights)
@@ -207,6 +209,7 @@ class Planner:
         call = Call(self, node, list(args), dict(kwargs), _ANY)
         if call.contract_all():
             self._note_contraction(node, reason)
+        keep_writes(self, node, call)
         if call.edit:
             self.state.edits[node] = call.edit
         return narrow_value(node.meta["val"])

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import fx
 
+from reparam.passes.contexts import written
 from reparam.passes.gradients import takes_gradients, with_gradients
 
 
@@ -31,7 +32,8 @@ class Program:
 
     def function(self) -> Callable[..., Any]:
         """Return ``forward(module, *inputs)``, generated as fx generates the forward of a graph module."""
-        code = self.graph.python_code("self")
+        with written(self.graph):
+            code = self.graph.python_code("self")
         scope = dict(code.globals)
         exec(compile(code.src, "<reparam graph>", "exec"), scope)
         forward: Callable[..., Any] = scope["forward"]

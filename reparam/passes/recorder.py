@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from reparam.passes.answers import Answers, name_of
 from reparam.passes.carried import prepare_next_call, refuse_draws
+from reparam.passes.contexts import NOTED
 from reparam.passes.memory import signature
 from reparam.passes.meta import Unknown
 from reparam.passes.modes import BranchOnTraining, choose, differences, put, require_mode
@@ -129,7 +130,7 @@ class Recorder(Answers):
                 flag_node = self.create_node("get_attr", target, (), {})
                 chosen = self.create_node("call_function", choose, (flag_node, found.second, found.first), {})
             for new in (flag_node, chosen):
-                new.meta.update({key: found.node.meta[key] for key in ("module", "source")})
+                new.meta.update({key: found.node.meta[key] for key in NOTED})
             chosen.meta["val"] = found.first  # the values behind it are those of eval mode
             put(found.node, found.place, chosen)
         return (runs[0][1],)

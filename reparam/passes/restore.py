@@ -57,6 +57,17 @@ def unchanged(module: nn.Module) -> Iterator[None]:
             restore(child, state)
 
 
+@contextlib.contextmanager
+def replaced(holder: Any, name: str, replacement: Any) -> Iterator[None]:
+    """Set an attribute for the time of a block."""
+    before = getattr(holder, name)
+    setattr(holder, name, replacement)
+    try:
+        yield
+    finally:
+        setattr(holder, name, before)
+
+
 def replaced_tensors(module: nn.Module, state: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
     """Yield the plain tensor attributes that code replaced since ``snapshot``, also those in lists and dicts."""
     for name, old in state.items():

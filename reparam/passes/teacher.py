@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 from reparam.errors import InputError
 from reparam.ops.block import module_at
+from reparam.passes.contexts import written
 from reparam.passes.example import inputs_from_json
 from reparam.passes.gradients import takes_gradients, with_gradients
 from reparam.passes.interface import Interface
@@ -77,7 +78,8 @@ class Teacher(fx.GraphModule):
 
     def recompile(self) -> Any:
         """Generate the forward again; it follows the train mode where there are two programs."""
-        code = super().recompile()
+        with written(self.graph):
+            code = super().recompile()
         if takes_gradients(self.graph):
             type(self).forward = with_gradients(type(self).forward)
         if len(self.__dict__.get("_programs", ())) > 1:

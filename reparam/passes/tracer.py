@@ -24,6 +24,7 @@ from torch import Tensor, fx, nn
 
 from reparam.passes.carried import refuse_draws
 from reparam.passes.constants import known_or_why, known_value, places
+from reparam.passes.contexts import Context, around, noting
 from reparam.passes.functionalize import (
     chunk,
     drop_unused,
@@ -90,6 +91,7 @@ class ModelTracer(Recorder):
         self._cache: dict[str, fx.Proxy] = {}
         self._names: dict[int, str] = {}
         self.deciding: set[int] = set()
+        self._autocasts: list[Context] = []
 
     # -- entry -------------------------------------------------------------------------------------------------
 
@@ -104,8 +106,9 @@ class ModelTracer(Recorder):
         TRACERS.append(self)
         try:
             patches = training_property(), listed_tensors(), proxies_have_types(), draws_kept()
+            blocks = noting(self._autocasts, lambda: not self._evaluating and self is TRACERS[-1])
             with contextlib.ExitStack() as stack:
-                for patch in (*patches, intrinsics(self._intrinsic, self._function)):
+                for patch in (*patches, intrinsics(self._intrinsic, self._function), blocks):
                     stack.enter_context(patch)
                 graph = super().trace(root, concrete_args)
                 refuse_assigned_buffers(root)
@@ -223,6 +226,7 @@ class ModelTracer(Recorder):
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
         node.meta["module"] = self.path[-1] if self.path else ""
         node.meta["source"] = source_line()
+        node.meta["around"] = around(self._autocasts)
         if kind not in ("placeholder", "output"):
             node.meta["val"] = self.evaluate(node, lambda n: n.meta["val"])
             if isinstance(node.meta["val"], Unknown):

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from reparam.ops.steps import STEPS, Step
 from reparam.passes.blocks import add_blocks, insert_blocks
 from reparam.passes.capture import Capture, key_of
+from reparam.passes.contexts import NOTED, surround
 from reparam.passes.parts import HOST, BoundPart, Given, bind, relative
 from reparam.passes.plan import STATISTICS, Plan
 from reparam.passes.program import Program
@@ -48,6 +49,7 @@ def build_teacher(model: nn.Module, capture: Capture, plan: Plan, noise: float) 
     for part in capture.modes:
         graph, nodes = rewrite(part.graph, plan.edits, steps)
         insert_blocks(graph, plan, canonical, nodes)
+        surround(graph)
         programs.append(Program(graph, {path: _renamed(calls, nodes) for path, calls in part.outputs.items()}))
     if steps:
         holder = nn.Module()
@@ -71,6 +73,8 @@ def programs_of_parts(capture: Capture, plan: Plan) -> dict[str, BoundPart]:
             continue
         steps: dict[str, nn.Module] = {}
         graphs = [rewrite(mode.graph, plan.edits, steps)[0] for mode in part.modes]
+        for graph in graphs:
+            surround(graph)
         result[path] = [Program(relative(graph, path)) for graph in graphs], steps, Given(path, part.inputs)
     return result
 
@@ -114,7 +118,7 @@ def rewrite(
                 name = f"step_{len(steps)}"
                 steps[name] = step.build()
                 shared[key] = new.call_module(f"{STEPS}.{name}", (value,))
-                shared[key].meta["step"] = step
+                shared[key].meta.update(step=step, **_where(value))
             value = shared[key]
         return value
 
@@ -125,6 +129,8 @@ def rewrite(
             return value
         keys = list(whole) if isinstance(whole, dict) else range(len(whole))
         items = {key: new.call_function(operator.getitem, (value, key)) for key in keys}
+        for item in items.values():
+            item.meta.update(_where(value))
         known.update({item: whole[key] for key, item in items.items()})
         if isinstance(whole, dict):
             return items
@@ -145,10 +151,15 @@ def rewrite(
         args, kwargs = _final(holder["args"]), _final(holder["kwargs"])
         target = HOST if node.op == "call_module" and not node.target else node.target
         copied = new.create_node(node.op, target, args, kwargs, node.name, node.type)
-        copied.meta.update({k: v for k, v in node.meta.items() if k in ("module", "source")})
+        copied.meta.update({k: v for k, v in node.meta.items() if k in NOTED})
         env[node] = insert(copied, edit.out)
         known[env[node]] = node.meta.get("val")
     return new, env
+
+
+def _where(node: fx.Node) -> dict[str, Any]:
+    """What is computed from a value alone has the gradients that the value has, whoever uses it first."""
+    return {"around": node.meta["around"]} if "around" in node.meta else {}
 
 
 def _constant(value: Any, _old: Any) -> Any:

@@ -155,6 +155,7 @@ class Emitter:
         except Missing:
             return
         new = self.code.graph.call_module(self._module_name(call.path), args, kwargs)
+        new.meta["around"] = call.around
         self._unpack(call.result, new)
 
     def _node(self, node: fx.Node) -> None:
@@ -169,6 +170,7 @@ class Emitter:
             args, kwargs = self._map((node.args, node.kwargs))
             target = self._module_name(str(node.target)) if node.op == "call_module" else node.target
             self.env[node] = self.code.graph.create_node(node.op, target, args, kwargs, node.name)
+            self.env[node].meta["around"] = node.meta["around"]
             if node.target is require or (is_inplace(node) and not node.users):
                 self.kept.add(self.env[node])
         elif edit.main is None:
@@ -194,7 +196,7 @@ class Emitter:
         name = self._free(name, path)
         self.code.layers[name] = edit
         new = self.code.graph.call_module(name, (self._source(edit),))
-        new.meta["layer"] = name
+        new.meta.update(layer=name, around=edit.main.meta["around"])
         return new
 
     def _free(self, base: str, path: str) -> str:

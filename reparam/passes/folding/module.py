@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 
 from reparam.ops.kernels import Kernel
+from reparam.passes.contexts import written
 from reparam.passes.gradients import takes_gradients, with_gradients
 
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -67,7 +68,8 @@ class FoldedModule(fx.GraphModule):
 
     def recompile(self) -> Any:
         """Generate the forward again."""
-        code = super().recompile()
+        with written(self.graph):
+            code = super().recompile()
         if takes_gradients(self.graph):
             type(self).forward = with_gradients(type(self).forward)
         return code

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from reparam.passes.contexts import Context
 from reparam.passes.functionalize import is_inplace
 from reparam.passes.guards import with_inputs
 from reparam.passes.meta import has_tensor
@@ -27,6 +28,7 @@ class Call:
         kwargs: keyword arguments.
         result: what it returned.
         known: whether arguments and result are structures that a graph can hold.
+        around: the blocks of gradient and autocast modes that it was called in.
         items: its nodes, and the calls of other modules, in order.
     """
 
@@ -36,6 +38,7 @@ class Call:
     kwargs: dict[str, Any] = field(default_factory=dict)
     result: Any = None
     known: bool = True
+    around: tuple[Context, ...] = ()
     items: list[fx.Node | Call] = field(default_factory=list)
 
     def outward(self) -> Iterator[Call]:
@@ -159,7 +162,7 @@ def _structure(graph: fx.Graph) -> Call:
         if node.target is _enter:
             path, *rest = node.args
             args, kwargs = rest if rest else ((), {})
-            call = Call(path, stack[-1], tuple(args), dict(kwargs), known=bool(rest))
+            call = Call(path, stack[-1], tuple(args), dict(kwargs), known=bool(rest), around=node.meta["around"])
             stack[-1].items.append(call)
             stack.append(call)
         elif node.target is _leave:

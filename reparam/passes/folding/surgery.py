@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from reparam.ops.kernels import Kernel
+from reparam.passes.contexts import surround
 from reparam.passes.folding.edits import Analysis, Edit
 from reparam.passes.folding.emit import Code, Emitter, Missing
 from reparam.passes.folding.module import FoldedModule, layer, with_weights
@@ -145,8 +146,8 @@ class Surgery:
             holder.add_module(name.rpartition(".")[2], module)
         for name, path in read.items():
             _put_tensor(root, name, self._tensor(path))
-        graph = code.graph
-        return FoldedModule(root, graph, f"Folded{type(old).__name__}".replace("FoldedFolded", "Folded"))
+        surround(code.graph)
+        return FoldedModule(root, code.graph, f"Folded{type(old).__name__}".replace("FoldedFolded", "Folded"))
 
     def _tensor(self, path: str) -> Tensor:
         found = self.tensors.get(path)

@@ -18,7 +18,7 @@ _NAMES = """
     add sub subtract mul multiply div divide true_divide floor_divide remainder fmod pow float_power maximum
     minimum fmax fmin eq ne lt le gt ge equal_ not_equal less less_equal greater greater_equal logical_and
     logical_or logical_xor bitwise_and bitwise_or bitwise_xor atan2 hypot copysign heaviside lerp addcmul
-    addcdiv where clamp clip masked_fill xlogy rsub ldexp logaddexp logaddexp2 polar complex
+    addcdiv where clamp clip masked_fill xlogy rsub ldexp logaddexp logaddexp2 polar complex copy
 """.split()
 
 _OPERATORS = [
