@@ -143,6 +143,22 @@ def test_already_a_teacher() -> None:
     both(nn.Sequential(teacher, nn.ReLU()), "0: .*teacher", ModelError)
 
 
+@pytest.mark.parametrize("name", ["graph", "code", "meta", "plan", "recompile", "_programs"])
+def test_names_that_a_teacher_has_itself(name: str) -> None:
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+            self.register_buffer(name, torch.rand(8, 1, 1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.stem(x) * getattr(self, name))
+
+    both(Network(), rf"named {name}, and a teacher.*rename them, or expand a module that holds", ModelError)
+    model = nn.Sequential(Network())
+    assert torch.allclose(model(X), reparam.expand(model, 2, example_input=X)(X), atol=1e-5)
+
+
 def test_scripted() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit is on its way out

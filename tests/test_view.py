@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -380,6 +381,36 @@ def test_deepcopy_of_the_teacher() -> None:
     again = copy.deepcopy(clone)
     with torch.no_grad():
         assert torch.equal(clone(X), again(X))
+
+
+class Twice(nn.Module):
+    """A module under two names, tied weights, and a weight that a hook computes: what a view puts into the network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+        self.again, self.head = self.b, nn.Linear(8, 2)
+        self.c.weight = self.b.weight
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on its way out
+            nn.utils.weight_norm(self.d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (self.a, self.b, self.again, self.c, self.d):
+            x = torch.tanh(layer(x))
+        return self.head(x)
+
+
+def test_copies_after_the_view_ran() -> None:
+    model, x = randomise(Twice().double()), sample((3, 4), 1)
+    teacher = reparam.expand(model, 2, example_input=x)
+    view = reparam.student_view(teacher)
+    for train in (False, True):
+        teacher.train(train), view.train(train)
+        (teacher(x).sum() + view(x).sum()).backward()
+        clone = copy.deepcopy(teacher)
+        copies = clone, reparam.student_view(clone), copy.deepcopy(view), reparam.extract(teacher)
+        assert all(error(model(x).detach(), other(x).detach()) < 1e-12 for other in copies)
 
 
 @pytest.mark.parametrize("order", ["teacher first", "view first"])

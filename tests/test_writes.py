@@ -85,18 +85,22 @@ class Keeps(nn.Module):
 
 
 def follows(model: nn.Module) -> None:
-    """Both compute the same for some steps in train mode, and the buffers come back from the teacher as they are."""
+    """Student, teacher and view compute the same for some steps in train mode, each with its own buffers."""
     model, x = randomise(model.double()), sample((2, 3, 6, 6), 3)
     teacher = reparam.expand(model, 2, example_input=x)
     assert teacher.plan.coverage == 1.0
-    model.train(), teacher.train()
+    view = reparam.student_view(teacher)
+    model.train(), teacher.train(), view.train()
     for step in range(3):
         y = torch.roll(x, step, 0) * (1 + step)
-        assert error(model(y).detach(), teacher(y).detach()) < 1e-10
+        expected = model(y).detach()
+        assert error(expected, teacher(y).detach()) < 1e-10
+        assert error(expected, view(y).detach()) < 1e-10
     with torch.no_grad():
         found = dict(reparam.extract(teacher).named_buffers())
         for name, buffer in model.named_buffers():
             assert error(buffer.double(), found[name].double()) < 1e-10, name
+            assert name in teacher.plan.statistics
 
 
 def test_a_codebook() -> None:

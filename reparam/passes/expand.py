@@ -20,7 +20,7 @@ from reparam.passes.plan import Plan
 from reparam.passes.ratios import check_ratio
 from reparam.passes.search import prepare
 from reparam.passes.seeds import seeded
-from reparam.passes.teacher import Teacher
+from reparam.passes.teacher import Teacher, check_names
 from reparam.passes.validate import check_heads, check_model, check_noise
 from reparam.passes.verify import OtherBatch, Rewritten, verify
 from reparam.passes.widen import build_teacher, programs_of_parts, rewrite
@@ -69,6 +69,7 @@ def plan(
     """
     ratio, wanted, init = check_ratio(ratio), check_branches(branches), check_init(init, branches)
     check_model(model, values=False)
+    check_names(model)
     capture, _inputs, made = prepare(model, ratio, example_input, ignore, check_heads(heads))
     return add_branches(model, capture, made, wanted, init)
 
@@ -112,6 +113,7 @@ def expand(
     ratio, noise = check_ratio(ratio), check_noise(noise)
     wanted, init = check_branches(branches), check_init(init, branches)
     check_model(model)
+    check_names(model)
     capture, inputs, made = prepare(model, ratio, example_input, ignore, check_heads(heads))
     made = add_branches(model, capture, made, wanted, init)
     check_starts(model, made)

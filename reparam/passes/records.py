@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
 
+from reparam.passes.functionalize import written
 from reparam.passes.registry import statistics_of
 from reparam.passes.rows import LayerPlan
 from reparam.passes.state import operator_name
@@ -27,8 +28,15 @@ def note_statistic(planner: Planner, source: Any) -> None:
 
 
 def note_statistics(planner: Planner) -> None:
-    """Mark the running statistics of norms that keep their width: teacher and student still have their own."""
+    """Mark what a forward changes: also statistics of norms that keep their width, and buffers of the network's code.
+
+    Teacher and student each have their own, as each of them runs.
+    """
     for node in (n for graph in planner.capture.graphs for n in graph.nodes):
+        buffer = written(node)
+        name = None if buffer is None else planner.name_of(buffer)
+        if name is not None:
+            planner.state.statistics.add(name)
         for source in statistics_of(node):
             note_statistic(planner, source)
         if node.op != "call_module":

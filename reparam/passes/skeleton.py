@@ -40,15 +40,6 @@ def rebuild(module: M, make: Callable[[str, Tensor], Tensor]) -> M:
         if isinstance(tensor, nn.Parameter):
             new = nn.Parameter(new, requires_grad=tensor.requires_grad)
         memo[id(tensor)] = new
-    # A non-leaf tensor kept as a plain attribute (hook-based weight_norm does) refuses deepcopy.
-    for child in module.modules():
-        for value in vars(child).values():
-            # Also in a list (recurrent modules keep all their weights in one) or a dict (results kept in eval mode).
-            inside = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else [value]
-            for item in inside:
-                if isinstance(item, Tensor) and not item.is_leaf and id(item) not in memo:
-                    memo[id(item)] = item.detach().clone()
-                    originals.append(item)
     return copied(module, memo)
 
 
@@ -63,9 +54,36 @@ def copied(module: M, memo: dict[int, Any] | None = None) -> M:
         memo: see ``copy.deepcopy``; filled.
     """
     memo = {} if memo is None else memo
+    results = [item for item in _kept_tensors(module) if not item.is_leaf and id(item) not in memo]
+    memo.update({id(item): item.detach().clone() for item in results})  # torch copies leaves only
     result = copy.deepcopy(module, memo)
     rebind_hooks(result, memo)
     return result
+
+
+def _kept_tensors(module: nn.Module) -> Iterator[Tensor]:
+    """Yield the tensors that modules keep as plain attributes: weights of hook-based norms, results of eval mode."""
+    for child in module.modules():
+        for value in vars(child).values():
+            # Also in a list (recurrent modules keep all their weights in one) or a dict.
+            inside = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else [value]
+            yield from (item for item in inside if isinstance(item, Tensor))
+
+
+def slots(module: nn.Module) -> dict[str, str]:
+    """Map every parameter and buffer path to the first path of the same attribute of the same module.
+
+    A module may stand under several names; tied weights of different modules are different attributes.
+    """
+    paths: dict[int, str] = {}
+    for path, child in module.named_modules(remove_duplicate=False):
+        paths.setdefault(id(child), path)
+    found = {}
+    for name, _tensor in named_tensors(module):
+        path, _, leaf = name.rpartition(".")
+        first = paths[id(module.get_submodule(path))]
+        found[name] = f"{first}.{leaf}" if first else leaf
+    return found
 
 
 def rebind_hooks(module: nn.Module, memo: dict[int, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from reparam.errors import InputError
+from reparam.errors import InputError, ModelError
 from reparam.ops.block import module_at
 from reparam.passes.contexts import written
 from reparam.passes.example import inputs_from_json
@@ -161,6 +161,22 @@ class Teacher(fx.GraphModule):
 
     def __copy__(self) -> Teacher:
         return copy.deepcopy(self)
+
+
+def check_names(model: nn.Module) -> None:
+    """Refuse a network whose own modules or tensors have names that a teacher uses for something else.
+
+    Raises:
+        ModelError: it has such names.
+    """
+    used = {*dir(fx.GraphModule(nn.Module(), fx.Graph())), *dir(Teacher), *_NOT_COPIED} - {*dir(nn.Module())}
+    taken = sorted(used.intersection([*model._modules, *model._parameters, *model._buffers]))
+    if taken:
+        raise ModelError(
+            f"{type(model).__name__} has modules or tensors named {', '.join(taken)}, and a teacher, which is a "
+            "torch.fx.GraphModule, has attributes of these names: rename them, or expand a module that holds the "
+            "network (torch.nn.Sequential(model))"
+        )
 
 
 def statistics_tree(model: nn.Module, names: tuple[str, ...]) -> nn.Module:

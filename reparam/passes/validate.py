@@ -89,7 +89,8 @@ def _check_module(path: str, module: nn.Module) -> None:
         if cls.__name__ in _WRAPPERS and cls.__module__.startswith("torch."):
             way = _WRAPPERS[cls.__name__].replace("model", f"{path}", 1) if path else _WRAPPERS[cls.__name__]
             raise ModelError(f"{where} is wrapped in {cls.__name__}: {way}")
-    if "reparam" in (getattr(module, "meta", None) or {}) or name == "StudentView":
+    meta = getattr(module, "meta", None)
+    if (isinstance(meta, dict) and "reparam" in meta) or name == "StudentView":
         raise ModelError(
             f"{where} ({name}) is a teacher or a view of one already; reparam.extract(teacher) gives its student"
         )

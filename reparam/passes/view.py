@@ -15,7 +15,7 @@ from reparam.errors import InputError
 from reparam.passes.blocks import StudentBranches, running_branches
 from reparam.passes.narrowing import Gathering, Narrowing
 from reparam.passes.plan import STATISTICS
-from reparam.passes.skeleton import named_tensors, rebuild
+from reparam.passes.skeleton import named_tensors, rebuild, slots
 from reparam.passes.teacher import Teacher, require_teacher
 
 
@@ -23,7 +23,8 @@ def student_view(teacher: nn.Module) -> StudentView:
     """Return the compact student as a module that computes with the teacher's own parameters.
 
     Gradients of ``view(x)`` reach the tensors of ``teacher``. A second call returns the same object. Only its norm
-    statistics are its own; they live in the teacher's state_dict under ``student_statistics.``.
+    statistics and other buffers that its forward changes in place are its own; they live in the teacher's state_dict
+    under ``student_statistics.``.
 
     Source: GPD (ICLR 2025), channel-branch reparameterization: ``W_s = r W[:C_out, :C_in]``.
 
@@ -106,6 +107,8 @@ class StudentView(nn.Module):
         self._network = (teacher.skeleton,)
         self._narrow = Narrowing(teacher)
         self._gathering: list[Gathering] = []
+        # A module under two names is given its tensors once: torch would put the narrowed ones back the second time.
+        self._again = frozenset(name for name, first in slots(teacher.skeleton).items() if name != first)
         for name, module in teacher.skeleton.named_modules():
             module.training = _mode(teacher, name)
         self.training = teacher.training
@@ -135,8 +138,10 @@ class StudentView(nn.Module):
         running = {b: self.network.get_submodule(b.module).training for b in self._narrow.branches if b.running}
         values, tensors = self.tensors(running)
         own = {name: tensors[name] for name in self.teacher.plan.statistics}
+        if self._again:
+            tensors = {name: tensor for name, tensor in tensors.items() if name not in self._again}
         with running_branches(running, tensors, values):
-            result = functional_call(self.network, tensors, args, kwargs)
+            result = functional_call(self.network, tensors, args, kwargs, tie_weights=False)  # all names are given
         for name, tensor in own.items():
             # A module that assigns a new statistic instead of updating the old one in place.
             if tensors[name] is not tensor:
