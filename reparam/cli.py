@@ -27,7 +27,7 @@ from reparam.arguments import (
     require_folder,
 )
 from reparam.deploy import command as deploy
-from reparam.errors import FormatError, InputError, ReparamError, StoppedError
+from reparam.errors import FormatError, InputError, ReparamError, StoppedError, near_matches
 
 if TYPE_CHECKING:
     from torch import nn
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser(*, train_options: bool = True) -> argparse.ArgumentParser:
     """Return the parser; ``train_options=False`` leaves out those of ``train``, whose module imports torch."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="reparam",
         description="Expand a network exactly into a larger teacher, train both, extract the student.",
         epilog=_EPILOG,
@@ -99,6 +99,19 @@ def build_parser(*, train_options: bool = True) -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="measure steps of training, surgery and folding, and write JSON")
     importlib.import_module("reparam.bench.command").add_arguments(bench)
     return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """Refuses unknown options with the usage of the command that was given, and near matches."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """See ``ArgumentParser``."""
+        found, rest = super().parse_known_args(args, namespace)
+        unknown = [word for word in rest if word.startswith("-")]
+        if unknown:
+            word = unknown[0].partition("=")[0]
+            self.error(f"unknown option {word}{near_matches(word, self._option_string_actions)}")
+        return found, rest
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:

@@ -26,10 +26,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from reparam.errors import FormatError, InputError, ModelError, near_matches
+from reparam.passes.files import write_tensors
 
 WEIGHT_KEYS = ("state_dict", "model", "model_state_dict", "weights")
 """Entries of a checkpoint under which the weights are looked for, in this order."""
@@ -54,6 +55,7 @@ def load_model(
     pretrained: bool = False,
     ema: bool = False,
     drop_path: float | None = None,
+    new_classifier: bool = False,
 ) -> nn.Module:
     """Build the model that ``spec`` names and load its weights.
 
@@ -66,6 +68,7 @@ def load_model(
         pretrained: ask timm or the callable for its pretrained weights (this may download).
         ema: read the averaged weights of the checkpoint.
         drop_path: drop path rate, handed on as ``drop_path_rate``; ``None`` leaves its default.
+        new_classifier: see `load_weights`.
 
     Raises:
         InputError: no such model, file, module or callable (near matches are listed), or it does not take one of
@@ -91,11 +94,13 @@ def load_model(
     else:
         model = _from_timm(spec, options)
     if checkpoint is not None:
-        load_weights(model, checkpoint, ema=ema)
+        load_weights(model, checkpoint, ema=ema, new_classifier=new_classifier)
     return model
 
 
-def load_weights(model: nn.Module, path: str | os.PathLike[str], *, ema: bool = False) -> None:
+def load_weights(
+    model: nn.Module, path: str | os.PathLike[str], *, ema: bool = False, new_classifier: bool = False
+) -> None:
     """Load weights from ``path`` into ``model``; every key has to fit.
 
     Args:
@@ -103,6 +108,8 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str], *, ema: bool = 
         path: a safetensors file, or a checkpoint saved by ``torch.save``. The weights may be the whole file or lie
             under one of `WEIGHT_KEYS`; ``module.`` and ``_orig_mod.`` before every key are dropped.
         ema: read the weights under one of `EMA_KEYS` instead.
+        new_classifier: where the file has another number of classes (tensors differ in their first size alone, all
+            from one number to one other), the classifier keeps the model's own weights, and a warning says so.
 
     Raises:
         FormatError: the file is missing, damaged, would execute code, or its weights do not fit the model; the
@@ -111,6 +118,8 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str], *, ema: bool = 
     state = read_weights(path, ema=ema)
     expected = model.state_dict(keep_vars=True)
     state = _complete_tied(_strip_prefixes(state, expected), expected)
+    if new_classifier:
+        state = _with_own_classifier(state, expected, path)
     if _misfits(state, expected):
         _rehearse(model, state, path)
     model.load_state_dict(state, strict=True)
@@ -139,7 +148,7 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
     partial = path.with_name(path.name + ".partial")
     try:
-        save_file(tensors, partial, metadata={"format": "pt"})
+        write_tensors(tensors, partial, {"format": "pt"})
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -358,6 +367,22 @@ def _complete_tied(state: dict[str, Tensor], expected: Mapping[str, Tensor]) -> 
     given = {id(expected[key]): value for key, value in state.items() if key in expected}
     tied = {key: given[id(value)] for key, value in expected.items() if key not in state and id(value) in given}
     return {**state, **tied}
+
+
+def _with_own_classifier(
+    state: dict[str, Tensor], expected: Mapping[str, Tensor], path: str | os.PathLike[str]
+) -> dict[str, Tensor]:
+    """Take the tensors of a classifier for other classes from the model."""
+    others = {key for key, value in expected.items() if key in state and state[key].shape != value.shape}
+    sizes = {(tuple(state[key].shape[:1]), tuple(expected[key].shape[:1])) for key in others}
+    if len(sizes) != 1 or any(state[key].shape[1:] != expected[key].shape[1:] for key in others):
+        return state
+    ((old,), (new,)) = sizes.pop()
+    warnings.warn(
+        f"{os.fspath(path)} is for {old} classes, and there are {new}: {_listed(sorted(others))} start anew",
+        stacklevel=4,
+    )
+    return {**state, **{key: expected[key].detach() for key in others}}
 
 
 def _misfits(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:

@@ -207,6 +207,22 @@ def test_a_timm_model_needs_no_input_size(folder: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["train", "--methd", "kd"], "reparam train: error: unknown option --methd; did you mean '--method'"),
+        (["plan", "resnet18", "--ratoi=2"], "reparam plan: error: unknown option --ratoi; did you mean '--ratio'"),
+    ],
+)
+def test_unknown_options_belong_to_their_command(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
         (["plan", "resnet81"], "no model 'resnet81'; did you mean"),
         (["plan", "nets.py:Nett", *SIZE], "has no 'Nett'; did you mean 'Net'"),
         (["plan", "nets.py:Net", *SIZE, "--ratio", "0"], "ratio"),

@@ -159,6 +159,11 @@ def test_reviewkd_has_the_embedding_as_its_deepest_level():
     assert own.embedding.grad.abs().sum() > 0 and all(value.grad.abs().sum() > 0 for value in own.features)
 
 
+def test_rkd_names_the_options_that_make_a_part_of_a_step_too_small():
+    with pytest.raises(InputError, match="has 2: give a larger --batch-size .* or a smaller --accumulate"):
+        made("rkd", outputs(2), outputs(2))(outputs(2), outputs(2), batch_of(2))
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_outputs_without_what_is_needed(name):
     bare = Outputs(torch.zeros(4, 3))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 
@@ -243,6 +244,33 @@ def test_load_hooks_that_rename_keys_are_obeyed(tmp_path: Path) -> None:
     save_file({**old, "bias": source.bias.detach()}, tmp_path / "old.safetensors")
     load_weights(target, tmp_path / "old.safetensors")
     torch.testing.assert_close(target.weight, source.weight)
+
+
+def test_a_classifier_for_other_classes_starts_anew_where_that_is_asked_for(tmp_path: Path) -> None:
+    source, target = (nn.Sequential(nn.Linear(3, 4), nn.Linear(4, classes)) for classes in (7, 5))
+    save_weights(source, tmp_path / "seven.safetensors")
+    own = target[1].weight.detach().clone()
+    with pytest.raises(FormatError, match=r"2 mismatched: 1\.weight \(file \[7, 4\], model \[5, 4\]\)"):
+        load_weights(target, tmp_path / "seven.safetensors")
+    with pytest.warns(UserWarning, match=r"is for 7 classes, and there are 5: 1\.bias, 1\.weight start anew"):
+        load_weights(target, tmp_path / "seven.safetensors", new_classifier=True)
+    assert torch.equal(target[0].weight, source[0].weight) and torch.equal(target[1].weight, own)
+    narrow = nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 5))  # not a classifier alone
+    with pytest.raises(FormatError, match="3 mismatched"):
+        load_weights(narrow, tmp_path / "seven.safetensors", new_classifier=True)
+
+
+def test_a_file_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    save_weights(small(), tmp_path / "weights.safetensors")
+    before = (tmp_path / "weights.safetensors").read_bytes()
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_weights(small(), tmp_path / "weights.safetensors")
+    assert (tmp_path / "weights.safetensors").read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_weights_that_do_not_fit_are_listed_and_nothing_is_loaded(tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def test_fine_tuning_starts_from_the_weights(tmp_path, images, trained):
         "--model",
         "test_resnet",
         "--checkpoint",
-        str(start),
+        str(start.parent),
         "--lr",
         "1e-12",
         "--weight-decay",

@@ -104,7 +104,7 @@ class TrainConfig:
 
     model: str = _option(DEFAULT_MODEL, "model", f"student network: {_MODEL_HELP}", metavar="SPEC")
     checkpoint: str | None = _option(
-        None, "model", "fine-tune: start from these weights (default: from scratch)", metavar="FILE"
+        None, "model", "fine-tune: start from these weights, or those of a run (default: from scratch)", metavar="PATH"
     )
     pretrained: bool = _option(False, "model", "fine-tune: start from timm's weights for --model", bool)
     drop_path: float | None = _rare(None, "model", "drop path rate of the student (default: the model's)", float)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 import reparam
 from reparam.distill.config import TrainConfig
+from reparam.distill.files import STUDENT
 from reparam.distill.loaders import Facts
 from reparam.distill.methods.base import logits_of
 from reparam.errors import InputError, ModelError, ReparamError
@@ -16,12 +18,19 @@ from reparam.models import load_model
 
 
 def build_student(config: TrainConfig, num_classes: int, in_chans: int) -> nn.Module:
-    """Build the network ``config.model``, with ``config.checkpoint`` or timm's weights if the settings ask for them."""
+    """Build the network ``config.model``, with ``config.checkpoint`` or timm's weights if the settings ask for them.
+
+    A checkpoint may be the output folder of another run, and may be for other classes: the classifier then starts anew.
+    """
+    checkpoint = config.checkpoint
+    if checkpoint is not None and Path(checkpoint).expanduser().is_dir():
+        checkpoint = str(Path(checkpoint).expanduser() / STUDENT)
     return build(
         config.model,
         num_classes,
         in_chans,
-        checkpoint=config.checkpoint,
+        checkpoint=checkpoint,
+        new_classifier=True,
         pretrained=config.pretrained,
         drop_path=config.drop_path,
     )
@@ -35,6 +44,7 @@ def build(
     checkpoint: str | None = None,
     pretrained: bool = False,
     drop_path: float | None = None,
+    new_classifier: bool = False,
 ) -> nn.Module:
     """Build a network for that many classes and channels.
 
@@ -47,6 +57,7 @@ def build(
         checkpoint: file of weights.
         pretrained: start from timm's weights.
         drop_path: drop path rate, if the network has that argument.
+        new_classifier: whether a checkpoint may be for other classes, see ``reparam.models.load_weights``.
     """
     wishes: list[dict[str, Any]] = [{"num_classes": num_classes, "in_chans": in_chans}]
     if ":" in spec:
@@ -54,7 +65,14 @@ def build(
     refused: InputError | None = None
     for wish in wishes:
         try:
-            return load_model(spec, checkpoint=checkpoint, pretrained=pretrained, drop_path=drop_path, **wish)
+            return load_model(
+                spec,
+                checkpoint=checkpoint,
+                pretrained=pretrained,
+                drop_path=drop_path,
+                new_classifier=new_classifier,
+                **wish,
+            )
         except InputError as error:
             refused = refused or error
     raise refused or InputError(f"the network {spec} could not be built")

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from reparam.distill.losses import pair_embeddings, rkd
 from reparam.distill.methods.base import Batch, Distiller, Outputs, Weights, distiller
+from reparam.errors import InputError
 
 
 @distiller("rkd")
@@ -24,4 +25,9 @@ class RKD(Distiller):
 
     def forward(self, learner: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """See `Distiller`."""
+        if len(batch.labels) < 3:
+            raise InputError(
+                f"--method rkd compares three images or more, and a part of a step has {len(batch.labels)}: give a "
+                "larger --batch-size (it is shared among the processes) or a smaller --accumulate"
+            )
         return rkd(*pair_embeddings(learner.embedding, teacher.embedding))
