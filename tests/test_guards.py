@@ -197,6 +197,40 @@ def test_both_ways_of_a_root_are_joined() -> None:
     check(model, teacher, (1, 3, 10, 9), (2, 3, 4, 4), (5, 3, 4, 4))
 
 
+DEVICES: dict[str, Callable[[Tensor], bool]] = {
+    "not on meta": lambda x: x.device.type != "meta",
+    "on the CPU": lambda x: x.device == torch.device("cpu"),
+    "one of two": lambda x: x.device.type in ("cpu", "cuda"),
+    "is_cpu": lambda x: x.is_cpu,
+    "not is_cuda": lambda x: not x.is_cuda,
+    "by letter": lambda x: x.device.type.startswith("c"),
+}
+
+
+@pytest.mark.parametrize("question", DEVICES)
+@pytest.mark.parametrize("at_root", [False, True])
+def test_questions_about_the_device_are_those_of_the_network(question: str, at_root: bool) -> None:
+    """Recording runs on the meta device, and the teacher runs where the student is: no guard, no leaf."""
+
+    class Asks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv(x)
+            return torch.sigmoid(x) if DEVICES[question](x) else torch.tanh(x)
+
+    model = Asks() if at_root else nn.Sequential(nn.Conv2d(3, 3, 1), Asks(), nn.Conv2d(3, 3, 1))
+    model = randomise(model.double()).eval()
+    x = sample((2, 3, 6, 6))
+    teacher = reparam.expand(model, 2, example_input=x)
+    assert not teacher.plan.leaves and not teacher.plan.specialised and not guards(teacher)
+    check(model, teacher, (2, 3, 6, 6), (1, 3, 4, 4))
+    check(model, reparam.fold(model, x), (2, 3, 6, 6), (1, 3, 4, 4))
+    assert not any(name.startswith("reparam") for name in vars(reparam.extract(teacher)))
+
+
 def calls_one(m: Inner, x: Tensor) -> Tensor:
     """Another layer for one sample: an operator that is called as a module."""
     return m.conv(turned(x)) if x.shape[0] == 1 else turned(x)

@@ -160,7 +160,7 @@ def test_reviewkd_has_the_embedding_as_its_deepest_level():
 
 
 def test_rkd_names_the_options_that_make_a_part_of_a_step_too_small():
-    with pytest.raises(InputError, match="has 2: give a larger --batch-size .* or a smaller --accumulate"):
+    with pytest.raises(InputError, match=r"has 2: give a larger --batch-size .* or a smaller --accumulate"):
         made("rkd", outputs(2), outputs(2))(outputs(2), outputs(2), batch_of(2))
 
 

@@ -59,7 +59,10 @@ class Answers(fx.Tracer):
         proxy.node.meta["length"] = self.create_proxy("call_function", refuse, (equal, True, message), {}).node
 
     def concrete(self, proxy: fx.Proxy) -> Any:
-        """Answer with the example's value where that is allowed."""
+        """Answer with the example's value where that is allowed; about a device with that of the network."""
+        found = asked_of_device(proxy.node, self.memory.home)
+        if found is not None:
+            return found[0]
         name, value = name_of(proxy.node), proxy.node.meta.get("val")
         allowed = self.fixed_training is not None or self.running[-1] in self.specialised
         if allowed and isinstance(value, Tensor) and value.numel() == 1:
@@ -82,6 +85,9 @@ class Answers(fx.Tracer):
         target = str(obj.node.target)
         if self._is_flag(obj) and isinstance(obj, HintProxy):
             return self._flag(target)
+        found = asked_of_device(obj.node, self.memory.home)
+        if found is not None:
+            return bool(found[0])
         answer = bool(self.concrete(obj))
         if self.fixed_training is not None:
             place = len(self.decisions)
@@ -130,6 +136,31 @@ class Answers(fx.Tracer):
         return value.keys() if isinstance(value, dict) else super().keys(obj)
 
 
+def asked_of_device(node: fx.Node, home: torch.device) -> tuple[Any] | None:
+    """Return what a node that only asks for a tensor's device has as its value on ``home``; None for other nodes.
+
+    Recordings run on the meta device, for which code may have a way of its own.
+    """
+
+    def value(current: fx.Node) -> Any:
+        source = current.args[0] if current.args else None
+        of_tensor = isinstance(source, fx.Node) and isinstance(source.meta.get("val"), Tensor)
+        if of_tensor and current.target is getattr and current.args[1] == "device":
+            return home
+        if current.op not in ("call_function", "call_method") or isinstance(current.meta.get("val"), Tensor):
+            raise LookupError
+        args, kwargs = fx.node.map_arg((tuple(current.args), dict(current.kwargs)), value)
+        if current.op == "call_method":
+            return getattr(args[0], str(current.target))(*args[1:], **kwargs)
+        return current.target(*args, **kwargs)  # type: ignore[operator]
+
+    asks = isinstance(node.meta.get("val"), (bool, str, int, torch.device)) and node.all_input_nodes
+    try:
+        return (value(node),) if asks else None
+    except LookupError:
+        return None
+
+
 def _asked_for(node: fx.Node) -> tuple[str, str]:
     """Return what a value that code branches on says about an input, and what to do where it is another one."""
     asked, waiting = set(), [node]
@@ -141,8 +172,8 @@ def _asked_for(node: fx.Node) -> tuple[str, str]:
         return "whether a tensor has gradients", (
             "give it inputs as they were then, or compute both ways and choose by an argument of forward"
         )
-    if asked & {"dtype", "device", "is_cuda", "type", "layout", "get_device"}:
-        return "a dtype or device", "expand it again with an example_input of the kind that is used now"
+    if asked & {"dtype", "type", "layout", "get_device"}:
+        return "a dtype or layout", "expand it again with an example_input of the kind that is used now"
     return "a size", "expand it again with an example_input of the size that is used now"
 
 

@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from reparam.errors import CaptureError
 from reparam.passes.memory import Memory, shapes_of, signature
+from reparam.passes.skeleton import home_of
 from reparam.passes.tracer import ModelTracer
 
 
@@ -95,6 +96,7 @@ def trace(
     Raises:
         CaptureError: the forward pass of ``root`` itself cannot be recorded.
     """
+    memory = memory or Memory(home_of(root))
     tracer = ModelTracer(args, kwargs, specialised=frozenset(specialised), memory=memory)
     try:
         graph = tracer.trace(root)

@@ -1,7 +1,7 @@
 """Code inside ``with torch.no_grad()`` and ``with torch.autocast(...)``: a graph's generated code has these blocks too.
 
 While recording, each node notes the blocks around it (``meta["around"]``, outermost first). Where a graph becomes code,
-``surround`` adds nodes at their ends, which ``written`` turns into ``with`` statements.
+``surround`` adds nodes at their ends, which ``as_code`` turns into ``with`` statements.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def surround(graph: fx.Graph) -> None:
 
 
 @contextlib.contextmanager
-def written(graph: fx.Graph) -> Iterator[None]:
+def as_code(graph: fx.Graph) -> Iterator[None]:
     """While active, code that is generated from a graph has its blocks as ``with`` statements.
 
     An error inside leaves them as it should, and compilers know them.

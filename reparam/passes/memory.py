@@ -20,6 +20,7 @@ class Memory:
     """Facts about modules, by what decides them.
 
     Args:
+        home: the device of the network, which recordings on the meta device do not know.
         structural: modules, and training flags, whose train mode does other things than their eval mode.
         indifferent: training flags that decide nothing, for this network and these inputs.
         results: module or operator, and inputs -> its result, where that is one new tensor.
@@ -28,6 +29,7 @@ class Memory:
         graphs: module, mode, inputs and forced answers -> the graph inside it, and its branches on sizes.
     """
 
+    home: torch.device = field(default_factory=lambda: torch.device("cpu"))
     structural: set[Hashable] = field(default_factory=set)
     indifferent: set[str] = field(default_factory=set)
     results: dict[Hashable, Any] = field(default_factory=dict)

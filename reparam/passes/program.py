@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from reparam.passes.contexts import written
+from reparam.passes.contexts import as_code
 from reparam.passes.gradients import takes_gradients, with_gradients
 
 
@@ -32,7 +32,7 @@ class Program:
 
     def function(self) -> Callable[..., Any]:
         """Return ``forward(module, *inputs)``, generated as fx generates the forward of a graph module."""
-        with written(self.graph):
+        with as_code(self.graph):
             code = self.graph.python_code("self")
         scope = dict(code.globals)
         exec(compile(code.src, "<reparam graph>", "exec"), scope)

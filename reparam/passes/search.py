@@ -17,7 +17,7 @@ from reparam.passes.memory import Memory
 from reparam.passes.parts import record
 from reparam.passes.plan import Plan
 from reparam.passes.ratios import Ratio
-from reparam.passes.skeleton import skeleton_of
+from reparam.passes.skeleton import home_of, skeleton_of
 from reparam.passes.splits import Choices, alternatives, head_choices
 from reparam.passes.state import State
 from reparam.passes.validate import ignored_parameters
@@ -67,7 +67,7 @@ class Search:
         heads: str,
     ) -> None:
         self.model, self.inputs, self.ratio, self.ignored, self.heads = model, inputs, ratio, ignored, heads
-        self.skeleton, self.memory = skeleton, Memory()
+        self.skeleton, self.memory = skeleton, Memory(home_of(skeleton))
         self.choices: dict[str, int | str] = {}
 
     def run(self) -> None:

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 M = TypeVar("M", bound=nn.Module)
 
+_HOME = "reparam_home"
+"""Attribute of a skeleton: the device of the network that it was made from."""
+
 
 def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield every parameter and buffer with its path; a tensor that several paths share comes once per path."""
@@ -40,7 +43,9 @@ def rebuild(module: M, make: Callable[[str, Tensor], Tensor]) -> M:
         if isinstance(tensor, nn.Parameter):
             new = nn.Parameter(new, requires_grad=tensor.requires_grad)
         memo[id(tensor)] = new
-    return copied(module, memo)
+    result = copied(module, memo)
+    vars(result).pop(_HOME, None)
+    return result
 
 
 def copied(module: M, memo: dict[int, Any] | None = None) -> M:
@@ -135,12 +140,19 @@ def skeleton_of(module: M) -> M:
     for name, buffer in skeleton.named_buffers(remove_duplicate=False):
         if not values[name].is_meta and values[name].numel() <= MOST_VALUES:
             vars(buffer)["reparam_values"] = values[name].detach()
+    vars(skeleton)[_HOME] = next((tensor.device for _name, tensor in named_tensors(module)), torch.device("cpu"))
     modes = train_modes(skeleton)
     # Modules that keep results of their eval mode (attention biases) forget them here: those came from other weights.
     skeleton.train()
     for name, child in skeleton.named_modules():
         child.training = modes[name]
     return skeleton
+
+
+def home_of(skeleton: nn.Module) -> torch.device:
+    """Return the device of the network that a skeleton was made from."""
+    home: torch.device = vars(skeleton).get(_HOME, torch.device("cpu"))
+    return home if home.type != "meta" else torch.device("cpu")
 
 
 def known_mask(buffer: Tensor | None) -> Tensor | None:

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from reparam.errors import InputError, ModelError
 from reparam.ops.block import module_at
-from reparam.passes.contexts import written
+from reparam.passes.contexts import as_code
 from reparam.passes.example import inputs_from_json
 from reparam.passes.gradients import takes_gradients, with_gradients
 from reparam.passes.interface import Interface
@@ -78,7 +78,7 @@ class Teacher(fx.GraphModule):
 
     def recompile(self) -> Any:
         """Generate the forward again; it follows the train mode where there are two programs."""
-        with written(self.graph):
+        with as_code(self.graph):
             code = super().recompile()
         if takes_gradients(self.graph):
             type(self).forward = with_gradients(type(self).forward)

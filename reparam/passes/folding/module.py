@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 
 from reparam.ops.kernels import Kernel
-from reparam.passes.contexts import written
+from reparam.passes.contexts import as_code
 from reparam.passes.gradients import takes_gradients, with_gradients
 
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -68,7 +68,7 @@ class FoldedModule(fx.GraphModule):
 
     def recompile(self) -> Any:
         """Generate the forward again."""
-        with written(self.graph):
+        with as_code(self.graph):
             code = super().recompile()
         if takes_gradients(self.graph):
             type(self).forward = with_gradients(type(self).forward)
@@ -87,7 +87,7 @@ class FoldedModule(fx.GraphModule):
 
 
 class Reference(str):
-    """The name of a node in a written graph."""
+    """The name of a node in a as_code graph."""
 
     __slots__ = ()
 

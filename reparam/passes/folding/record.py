@@ -8,12 +8,15 @@ from typing import Any
 
 from torch import fx, nn
 
+from reparam.passes.answers import asked_of_device
 from reparam.passes.contexts import Context
 from reparam.passes.functionalize import is_inplace
 from reparam.passes.guards import with_inputs
+from reparam.passes.memory import Memory
 from reparam.passes.meta import has_tensor
 from reparam.passes.modes import require
 from reparam.passes.proxies import source_line
+from reparam.passes.skeleton import home_of
 from reparam.passes.tracer import ModelTracer
 
 
@@ -101,7 +104,7 @@ def record_calls(skeleton: nn.Module, args: Sequence[Any], kwargs: Mapping[str, 
     Raises:
         Exception: whatever stops the recording of the network's own forward.
     """
-    tracer = _Tracer(args, kwargs, training=False)
+    tracer = _Tracer(args, kwargs, training=False, memory=Memory(home_of(skeleton)))
     graph = tracer.trace(skeleton)
     root = _structure(graph)
     inputs = iter([node for node in graph.nodes if node.op == "placeholder"])
@@ -145,7 +148,7 @@ class _Tracer(ModelTracer):
     def concrete(self, proxy: fx.Proxy) -> Any:
         """Answer with the example's value, guarded."""
         value = super().concrete(proxy)
-        if isinstance(value, (int, float, str)):
+        if isinstance(value, (int, float, str)) and asked_of_device(proxy.node, self.memory.home) is None:
             message = (
                 f"{source_line()}: the network branches on a size here and was folded for {value!r}; fold it again "
                 "with an example_input of the size that is used now"
