@@ -74,7 +74,7 @@ def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor | None]:
 names = st.sampled_from(sorted(OPTIONS))
 
 
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=6)
 @given(blocks=st.lists(st.tuples(names, names), min_size=1, max_size=3), amp=st.booleans(), train=st.booleans())
 def test_random_blocks(blocks: list[tuple[str, str]], amp: bool, train: bool) -> None:
     """With one replica every bit is the same; with two, which parameters have gradients, and the types of all."""

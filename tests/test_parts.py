@@ -651,7 +651,7 @@ def test_retinanet() -> None:
     check_detector(detector("retinanet_resnet50_fpn", min_size=64, max_size=96), 3.0, {"backbone", "head"})
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_detector_trains() -> None:
     """Targets, which the example left out, reach the student's own code."""
     model = detector("ssdlite320_mobilenet_v3_large", topk_candidates=20)

@@ -107,7 +107,7 @@ def test_a_codebook() -> None:
     follows(Quantised())
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=8)
 @given(change=st.sampled_from(sorted(CHANGES)), use=st.sampled_from(sorted(USES)), early=st.booleans())
 def test_a_buffer_of_channels(change: str, use: str, early: bool) -> None:
     follows(Keeps(change, use, early))
