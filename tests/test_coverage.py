@@ -16,7 +16,7 @@ from reparam.cli import main
 from reparam.coverage import catalogue, command, measure, reasons, runner
 from reparam.coverage.page import page
 from reparam.coverage.weights import balance, randomise
-from reparam.errors import InputError
+from reparam.errors import GuardError, InputError
 
 ROOT = Path(__file__).parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "coverage.json"
@@ -197,6 +197,17 @@ def test_the_steps_are_those_of_expand() -> None:
     assert error > 0
     state, other = teacher.state_dict(), expected.state_dict()
     assert {name: value.shape for name, value in state.items()} == {name: v.shape for name, v in other.items()}
+
+
+def test_a_teacher_that_refuses_its_input_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verification runs the graph without its guards, so the teacher itself has to run as well."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise GuardError("recorded for other inputs")
+
+    monkeypatch.setattr(measure, "build_teacher", lambda *_: refuse)
+    row = measure.measured(catalogue.Entry("test_resnet", "timm"), measure.Settings())
+    assert row["status"] == "error" and row["error"]["type"] == "GuardError"
 
 
 class Growing(nn.Module):

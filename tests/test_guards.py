@@ -203,6 +203,7 @@ DEVICES: dict[str, Callable[[Tensor], bool]] = {
     "one of two": lambda x: x.device.type in ("cpu", "cuda"),
     "is_cpu": lambda x: x.is_cpu,
     "not is_cuda": lambda x: not x.is_cuda,
+    "not is_meta": lambda x: not x.is_meta,
     "by letter": lambda x: x.device.type.startswith("c"),
 }
 

@@ -101,14 +101,17 @@ def plan_row(entry: Entry, settings: Settings) -> dict[str, Any]:
 
 
 def full_row(entry: Entry, settings: Settings) -> dict[str, Any]:
-    """Plan, expand, verify and extract a network with random float32 weights."""
+    """Plan, expand, verify, run and extract a network with random float32 weights."""
     start = time.perf_counter()
     torch.manual_seed(settings.seed)
     given = example(entry)
     model = randomise(build(entry), settings.seed)
-    balance(model, _real(model, given))
+    inputs = _real(model, given)
+    balance(model, inputs)
     seconds = {"build": time.perf_counter() - start}
     plan, teacher, error = _expanded(model, settings.ratio, given, seconds)
+    with torch.no_grad():
+        teacher(*inputs[0], **inputs[1])  # verification runs the graph; its guards are those of the teacher
     start = time.perf_counter()
     student = reparam.extract(teacher)
     seconds["extract"] = time.perf_counter() - start

@@ -47,7 +47,7 @@ class HintProxy(fx.Proxy):
         if name in ("_is_param", "_is_buffer"):
             return False
         value = self.stands_for()
-        if name in ("is_cuda", "is_cpu", "is_mps") and _isinstance(value, Tensor):
+        if name in ("is_cuda", "is_cpu", "is_mps", "is_meta") and _isinstance(value, Tensor):
             return self.tracer.memory.home.type == name.removeprefix("is_")
         if name in _CONCRETE and _isinstance(value, Tensor):
             return getattr(value, name)
