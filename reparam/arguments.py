@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from reparam.errors import InputError
+from reparam.errors import InputError, near_matches
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 MODEL_HELP = "timm name, path/to/file.py:callable, or package.module:callable"
+
+
+class Parser(argparse.ArgumentParser):
+    """Refuses unknown options with the usage of the command that was given, and near matches."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """See ``ArgumentParser``."""
+        found, rest = super().parse_known_args(args, namespace)
+        unknown = [word for word in rest if word.startswith("-")]
+        if unknown:
+            word = unknown[0].partition("=")[0]
+            self.error(f"unknown option {word}{near_matches(word, self._option_string_actions)}")
+        return found, rest
 
 
 # Options -------------------------------------------------------------------------------------------------------------

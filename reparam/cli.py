@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from reparam.arguments import (
     MODEL_HELP,
+    Parser,
     add_building,
     add_input_size,
     add_model,
@@ -27,7 +28,7 @@ from reparam.arguments import (
     require_folder,
 )
 from reparam.deploy import command as deploy
-from reparam.errors import FormatError, InputError, ReparamError, StoppedError, near_matches
+from reparam.errors import FormatError, InputError, ReparamError, StoppedError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -74,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser(*, train_options: bool = True) -> argparse.ArgumentParser:
     """Return the parser; ``train_options=False`` leaves out those of ``train``, whose module imports torch."""
-    parser = _Parser(
+    parser = Parser(
         prog="reparam",
         description="Expand a network exactly into a larger teacher, train both, extract the student.",
         epilog=_EPILOG,
@@ -99,19 +100,6 @@ def build_parser(*, train_options: bool = True) -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="measure steps of training, surgery and folding, and write JSON")
     importlib.import_module("reparam.bench.command").add_arguments(bench)
     return parser
-
-
-class _Parser(argparse.ArgumentParser):
-    """Refuses unknown options with the usage of the command that was given, and near matches."""
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """See ``ArgumentParser``."""
-        found, rest = super().parse_known_args(args, namespace)
-        unknown = [word for word in rest if word.startswith("-")]
-        if unknown:
-            word = unknown[0].partition("=")[0]
-            self.error(f"unknown option {word}{near_matches(word, self._option_string_actions)}")
-        return found, rest
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
@@ -335,7 +323,7 @@ def _expand(options: argparse.Namespace) -> int:
 
 def _extract(options: argparse.Namespace) -> int:
     import reparam
-    from reparam.models import save_weights
+    from reparam.weight_files import save_weights
 
     require_folder(options.output)
     teacher = reparam.load(options.teacher, load(options, options.model))
@@ -369,7 +357,7 @@ def _check(options: argparse.Namespace) -> int:
 def _load_teacher(path: str, model: nn.Module, spec: str) -> nn.Module:
     """Read a teacher; where the file holds plain weights instead, say how those are compared."""
     import reparam
-    from reparam.models import read_weights
+    from reparam.weight_files import read_weights
 
     try:
         return reparam.load(path, model)

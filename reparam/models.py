@@ -7,43 +7,31 @@ a callable in it (``torchvision.models:resnet18``). Weights come from safetensor
 
 from __future__ import annotations
 
-import argparse
 import copy
 import importlib
 import importlib.util
 import inspect
 import os
-import pickle
 import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from reparam.errors import FormatError, InputError, ModelError, near_matches
-from reparam.passes.files import write_tensors
-
-WEIGHT_KEYS = ("state_dict", "model", "model_state_dict", "weights")
-"""Entries of a checkpoint under which the weights are looked for, in this order."""
-
-EMA_KEYS = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
-"""The same for the averaged weights, which are read when ``ema=True``."""
+from reparam.weight_files import brief, listed, read_weights
 
 PREFIXES = ("module.", "_orig_mod.")
 """Prefixes that DistributedDataParallel and torch.compile put before every key."""
 
 TIMM_SCHEMES = ("hf-hub:", "hf_hub:", "local-dir:")
 """Beginnings of names that timm resolves itself, although they hold a colon."""
-_SHOWN = 8
 
 
 def load_model(
@@ -125,35 +113,6 @@ def load_weights(
     model.load_state_dict(state, strict=True)
 
 
-def read_weights(path: str | os.PathLike[str], *, ema: bool = False) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file or checkpoint by name, on the CPU. See `load_weights`."""
-    path = Path(path)
-    if not path.is_file():
-        raise FormatError(f"no such weight file: {path}")
-    if _looks_like_safetensors(path):
-        if ema:
-            raise FormatError(f"{path}: a safetensors file holds one set of weights, so there is no EMA to choose")
-        return _read_safetensors(path)
-    return _unwrap(_read_pickle(path), path, ema)
-
-
-def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write the state_dict of ``model`` as a plain safetensors file that any strict load accepts.
-
-    Tied weights are written under each of their names. The file appears whole or not at all.
-    """
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise InputError(f"cannot write {path}: there is no folder {path.parent}")
-    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
-    partial = path.with_name(path.name + ".partial")
-    try:
-        write_tensors(tensors, partial, {"format": "pt"})
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 # Building ------------------------------------------------------------------------------------------------------------
 
 
@@ -233,15 +192,10 @@ def _call(name: str, options: dict[str, Any]) -> str:
     return f"{name}({', '.join(f'{key}={value!r}' for key, value in options.items())})"
 
 
-def _brief(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
 def _located(error: BaseException) -> str:
     """The message with the line of source that raised it."""
     frames = traceback.extract_tb(error.__traceback__)
-    return f"{_brief(error)} (at {frames[-1].filename}:{frames[-1].lineno})" if frames else _brief(error)
+    return f"{brief(error)} (at {frames[-1].filename}:{frames[-1].lineno})" if frames else brief(error)
 
 
 @contextmanager
@@ -286,68 +240,6 @@ def _import_module(name: str) -> ModuleType:
         raise ModelError(f"importing {name} failed: {_located(error)}") from error
 
 
-# Reading -------------------------------------------------------------------------------------------------------------
-
-
-def _looks_like_safetensors(path: Path) -> bool:
-    with path.open("rb") as file:
-        head = file.read(9)
-    return path.suffix == ".safetensors" or head[8:9] == b"{"
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-        if "reparam_plan" not in metadata:
-            return load_file(path)
-    except (SafetensorError, ValueError, OSError) as error:
-        raise FormatError(f"{path} is truncated or not a safetensors file: {_brief(error)}") from error
-    raise FormatError(
-        f"{path} is a teacher; read it with reparam.load, or write its student first: "
-        f"reparam extract {path} MODEL --output student.safetensors"
-    )
-
-
-def _read_pickle(path: Path) -> Any:
-    # timm stores its arguments as a Namespace, a bag of attributes without behaviour.
-    try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise FormatError(
-            f"{path} was refused and nothing in it was executed: it holds more than tensors and plain values "
-            f"({_refusal(error)}). Where the file is trusted, save its state_dict alone, best as safetensors"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
-        raise FormatError(f"{path} is truncated or not a checkpoint: {_brief(error)}") from error
-
-
-def _refusal(error: BaseException) -> str:
-    found = re.search(r"GLOBAL (\S+)", str(error)) or re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
-    return found[1] if found else _brief(error)
-
-
-def _unwrap(content: Any, path: Path, ema: bool) -> dict[str, Tensor]:
-    if not isinstance(content, Mapping):
-        raise FormatError(f"{path} holds a {type(content).__name__}, not weights by name")
-    for key in EMA_KEYS if ema else WEIGHT_KEYS:
-        if _is_state(content.get(key)):
-            return dict(content[key])
-    if ema:
-        raise FormatError(f"{path} has no averaged weights under {_listed(EMA_KEYS)}; it holds {_listed(content)}")
-    if not _is_state(content):
-        raise FormatError(f"{path} has no weights under {_listed(WEIGHT_KEYS)}; it holds {_listed(content)}")
-    return dict(content)
-
-
-def _is_state(value: Any) -> bool:
-    if not isinstance(value, Mapping) or not value:
-        return False
-    return all(isinstance(key, str) and isinstance(entry, Tensor) for key, entry in value.items())
-
-
 # Fitting -------------------------------------------------------------------------------------------------------------
 
 
@@ -379,7 +271,7 @@ def _with_own_classifier(
         return state
     ((old,), (new,)) = sizes.pop()
     warnings.warn(
-        f"{os.fspath(path)} is for {old} classes, and there are {new}: {_listed(sorted(others))} start anew",
+        f"{os.fspath(path)} is for {old} classes, and there are {new}: {listed(sorted(others))} start anew",
         stacklevel=4,
     )
     return {**state, **{key: expected[key].detach() for key in others}}
@@ -392,7 +284,7 @@ def _misfits(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> lis
     shared = [key for key in expected if key in state and state[key].shape != expected[key].shape]
     mismatched = [f"{key} (file {list(state[key].shape)}, model {list(expected[key].shape)})" for key in shared]
     groups = {"missing": missing, "unexpected": unexpected, "mismatched": mismatched}
-    return [f"{len(keys)} {name}: {_listed(keys)}" for name, keys in groups.items() if keys]
+    return [f"{len(keys)} {name}: {listed(keys)}" for name, keys in groups.items() if keys]
 
 
 def _rehearse(model: nn.Module, state: dict[str, Tensor], path: str | os.PathLike[str]) -> None:
@@ -405,9 +297,3 @@ def _rehearse(model: nn.Module, state: dict[str, Tensor], path: str | os.PathLik
             f"{os.fspath(path)} does not fit {type(model).__name__}: {misfits}. "
             "Is it a checkpoint of this model, with this number of classes and input channels?"
         ) from error
-
-
-def _listed(names: Iterable[Any]) -> str:
-    shown = [str(name) for name in names]
-    rest = len(shown) - _SHOWN
-    return ", ".join(shown[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 import reparam
 from reparam.cli import build_parser, main
-from reparam.models import load_model, save_weights
+from reparam.models import load_model
+from reparam.weight_files import save_weights
 
 ROOT = Path(__file__).parent.parent
 

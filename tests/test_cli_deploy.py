@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from reparam.cli import main
-from reparam.models import load_model, load_weights, save_weights
+from reparam.models import load_model, load_weights
 from reparam.passes.fold import fold
+from reparam.weight_files import save_weights
 
 for package in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(package)

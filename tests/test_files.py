@@ -178,7 +178,7 @@ def test_a_failed_write_leaves_the_old_file(path: Path, monkeypatch: pytest.Monk
 
     with torch.no_grad():
         next(teacher.parameters()).add_(1)
-    for target in ("os.replace", "safetensors.torch.save_file"):
+    for target in ("os.replace", "reparam.weight_files.save_file"):
         with monkeypatch.context() as patch:
             patch.setattr(target, broken)
             with pytest.raises(OSError, match="no space left"):

@@ -328,6 +328,7 @@ def test_switch_between_mixup_and_cutmix(make):
     [
         ({"auto_augment": "rand-m9"}, "--auto-augment rand-m9 is for folder data and has no effect on noise"),
         ({"crop_scale": 0.5}, "--crop-scale 0.5 is for folder data"),
+        ({"crop_pct": 0.5}, "--crop-pct 0.5 is for folder data"),
         ({"color_jitter": 0.4}, "--color-jitter 0.4 is for folder data"),
         ({"interpolation": "bicubic"}, "--interpolation bicubic is for folder data"),
         ({"repeats": 3}, "--repeats 3 is for folder data"),
@@ -375,6 +376,15 @@ def test_impossible_settings_of_folder_data(make, settings, message):
 def test_impossible_shards(rank, world):
     with pytest.raises(InputError, match=f"rank {rank} is not one of {world} processes"):
         Shard(rank, world)
+
+
+def test_the_crop_of_test_images(make):
+    """A share of the shorter side: the model's, or the one that is asked for; training images do not change."""
+    own, wide, tight = (make("folder", auto_augment=None, crop_pct=share) for share in (None, 1.0, 0.5))
+    seen = [next(iter(loader.test()))[0] for loader in (own, wide, tight)]
+    assert not torch.equal(seen[1], seen[2]) and not torch.equal(seen[0], seen[2])
+    batches = [next(iter(loader.train(1))).images for loader in (own, wide)]
+    assert torch.equal(*batches)
 
 
 def test_replaced_settings_change_the_batches_they_name(make):

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from reparam.distill.students import build
 from reparam.errors import FormatError, InputError, ModelError
-from reparam.models import load_model, load_weights, read_weights, save_weights
+from reparam.models import load_model, load_weights
+from reparam.weight_files import read_weights, save_weights
 
 NETS = '''
 """Builders for the tests."""
@@ -266,7 +267,7 @@ def test_a_file_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monke
 
     save_weights(small(), tmp_path / "weights.safetensors")
     before = (tmp_path / "weights.safetensors").read_bytes()
-    monkeypatch.setattr("safetensors.torch.save_file", full)
+    monkeypatch.setattr("reparam.weight_files.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         save_weights(small(), tmp_path / "weights.safetensors")
     assert (tmp_path / "weights.safetensors").read_bytes() == before

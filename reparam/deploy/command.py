@@ -49,7 +49,7 @@ def _fold(options: argparse.Namespace) -> int:
             "without code is written by: reparam export MODEL --fold --output FILE.onnx"
         )
     require_folder(options.output)
-    from reparam.models import save_weights
+    from reparam.weight_files import save_weights
 
     model = load(options, options.model, options.checkpoint).eval()
     folded, passed = _folded(model, example(options), options)

@@ -169,7 +169,7 @@ def check_same(saved: Mapping[str, Any], current: Mapping[str, Any], path: Path)
 
 _FREE = frozenset(
     "output resume quiet workers threads device tensorboard keep_best save_steps save_epochs on_nan max_bad_images "
-    "compile cuda_graph overlap channels_last eval_epochs checkpoint teacher_checkpoint assistant_checkpoint".split()
+    "compile cuda_graph overlap channels_last eval_epochs teacher_checkpoint assistant_checkpoint".split()
 )
 """Settings that may change between the parts of a run: they say how it is computed and kept, not what."""
 
@@ -178,4 +178,6 @@ def _plain(name: str, value: Any) -> Any:
     """Data may have moved; whether it is the same is seen when it is loaded."""
     if name == "data" and isinstance(value, str):
         return value.partition(":")[0]
+    if name == "checkpoint":
+        return value is not None  # the file as well
     return list(value) if isinstance(value, tuple) else value

@@ -96,6 +96,12 @@ class TrainConfig:
     )
     flip: bool | None = _rare(None, "data", "mirror training images at random (default: by data set)", bool)
     crop_scale: float = _rare(0.08, "data", "folder data: smallest area of a random crop, as a share", float)
+    crop_pct: float | None = _rare(
+        None,
+        "data",
+        "folder data: side of the crop of a test image, as a share of its shorter side (default: the model's)",
+        float,
+    )
     color_jitter: float = _rare(0.0, "data", "folder data: strength of colour jitter", float)
     erase: float = _rare(0.0, "data", "share of images of which a random part is erased", float)
     interpolation: str = _rare("bilinear", "data", "folder data: resizing", choices=("bilinear", "bicubic", "random"))

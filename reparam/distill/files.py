@@ -32,7 +32,7 @@ import reparam
 from reparam.distill.config import TrainConfig
 from reparam.distill.recipes import dump_recipe
 from reparam.errors import FormatError, InputError
-from reparam.models import save_weights
+from reparam.weight_files import save_weights
 
 CONFIG, RECIPE, METRICS, SUMMARY = "config.json", "recipe.yaml", "metrics.csv", "summary.json"
 STUDENT, TEACHER = "student.safetensors", "teacher.safetensors"
@@ -186,5 +186,7 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     try:
         write(partial)
         os.replace(partial, path)
+    except OSError as error:
+        raise OSError(error.errno, f"{path.name} could not be written: {error.strerror or error}") from error
     finally:
         partial.unlink(missing_ok=True)

@@ -73,7 +73,9 @@ class FolderLoader:
         )
         self._sampler = _TrainKeys(self._positions)
         train = _Images(source.train, _train_transform(config, self.facts), replace=self._limit)
-        test = _Images(source.test, _test_transform(config, self.facts, described["crop_pct"]), replace=0)
+        test = _Images(
+            source.test, _test_transform(config, self.facts, config.crop_pct or described["crop_pct"]), replace=0
+        )
         keys = [(0, index) for index in range(shard.rank, len(source.test), shard.world)]
         self._train = self._loader(train, config.workers, batch_sampler=self._sampler)
         self._test = self._loader(test, config.workers, sampler=keys, batch_size=self._positions.local)

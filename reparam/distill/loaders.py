@@ -22,7 +22,7 @@ from reparam.distill.resident import ResidentLoader, augment
 from reparam.distill.sampling import WHOLE, Shard, epoch_seed, seed_everything
 from reparam.errors import InputError
 
-_FOLDERS_ONLY = ("auto_augment", "crop_scale", "color_jitter", "interpolation", "repeats", "max_bad_images")
+_FOLDERS_ONLY = ("auto_augment", "crop_scale", "crop_pct", "color_jitter", "interpolation", "repeats", "max_bad_images")
 
 
 class Loader(Protocol):

@@ -61,9 +61,10 @@ _POSITIVE = (
     "tau_max",
     "tau_min",
     "crop_scale",
+    "crop_pct",
 )
 _SHARES = ("label_smoothing", "kd_smoothing", "ema", "drop_path")
-_SHARES_WITH_ONE = ("mix_prob", "mix_switch_prob", "erase", "crop_scale")
+_SHARES_WITH_ONE = ("mix_prob", "mix_switch_prob", "erase", "crop_scale", "crop_pct")
 
 
 STATIC_ONLY = (

@@ -31,6 +31,8 @@ def save(teacher: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises:
         InputError: not a teacher, or the folder does not exist.
     """
+    from reparam.weight_files import write_tensors
+
     owner = require_teacher(teacher)
     target = Path(path)
     if not target.parent.is_dir():
@@ -47,21 +49,6 @@ def save(teacher: nn.Module, path: str | os.PathLike[str]) -> None:
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write a safetensors file.
-
-    Raises:
-        OSError: it cannot be written, because the disk is full for instance.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    try:
-        save_file(tensors, path, metadata=metadata)
-    except SafetensorError as error:
-        raise OSError(f"{path.name}: {error}") from error
 
 
 def _unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -19,7 +19,9 @@ class KnowledgeReview(Distiller):
         pairs: positions of the levels in the features of learner and teacher.
 
     Source: Chen et al., "Distilling Knowledge via Knowledge Review" (CVPR 2021), section 3; weight and warm-up of
-    mdistiller. Its tables drop the stem, as here, and take maps in front of their ReLU where its networks return them.
+    mdistiller. Its tables drop the stem, and take maps in front of their ReLU where its networks return them. Here the
+    levels are found on the graph: for networks of CIFAR whose stem has a resolution of its own, or several stages have
+    one (ShuffleNets, MobileNetV2, VGG), they are others than in its tables (docs/recipes.md).
     """
 
     wants_features = True
