@@ -13,8 +13,8 @@ class FitNetHint(Distiller):
     """``CE + 100 hint``, where the hint compares the middle level through a 1 x 1 convolution with norm.
 
     Of ``n`` matched levels the one with the number ``(n - 1) // 2``, from 0: stage 2 of 3 or 4, the hint layer of
-    mdistiller and RepDistiller for ResNets. The hint acts during the whole training, as it does there; the paper trains the
-    lower half with it first and the network with logits afterwards.
+    mdistiller and RepDistiller for ResNets. The hint acts during the whole training, as it does there; the paper trains
+    the lower half with it first and the network with logits afterwards.
 
     Attributes:
         pair: positions of the level in the features of learner and teacher.
