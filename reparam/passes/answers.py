@@ -157,7 +157,7 @@ def asked_of_device(node: fx.Node, home: torch.device) -> tuple[Any] | None:
     asks = isinstance(node.meta.get("val"), (bool, str, int, torch.device)) and node.all_input_nodes
     try:
         return (value(node),) if asks else None
-    except LookupError:
+    except Exception:  # it asks for something else, or the answer is an error there
         return None
 
 

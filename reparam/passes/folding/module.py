@@ -87,7 +87,7 @@ class FoldedModule(fx.GraphModule):
 
 
 class Reference(str):
-    """The name of a node in a as_code graph."""
+    """The name of a node in a written graph."""
 
     __slots__ = ()
 
