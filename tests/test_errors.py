@@ -143,6 +143,23 @@ def test_already_a_teacher() -> None:
     both(nn.Sequential(teacher, nn.ReLU()), "0: .*teacher", ModelError)
 
 
+def test_float_networks_that_are_prepared_for_quantization() -> None:
+    class Ready(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1)
+            self.sum = torch.ao.nn.quantized.FloatFunctional()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.a(x)
+            return self.c(self.sum.add_relu(x, self.b(x)))
+
+    model = Ready().eval()
+    teacher = reparam.expand(model, 2, example_input=X)
+    assert teacher.plan.coverage == 1.0
+    assert torch.allclose(model(X), teacher(X), atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["graph", "code", "meta", "plan", "recompile", "_programs"])
 def test_names_that_a_teacher_has_itself(name: str) -> None:
     class Network(nn.Module):

@@ -190,6 +190,11 @@ def test_a_failed_write_leaves_the_old_file(path: Path, monkeypatch: pytest.Monk
     assert os.listdir(path.parent) == [path.name]
 
 
+def test_a_folder_instead_of_a_file(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is a folder; name the file in it"):
+        reparam.save(teacher_of("net1d"), tmp_path)
+
+
 def test_a_folder_that_does_not_exist(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"the folder .*nowhere does not exist; make it first"):
         reparam.save(teacher_of("net1d"), tmp_path / "nowhere" / "teacher.safetensors")

@@ -383,6 +383,16 @@ def test_deepcopy_of_the_teacher() -> None:
         assert torch.equal(clone(X), again(X))
 
 
+def test_a_view_has_the_teachers_tensors_as_its_own() -> None:
+    """DistributedDataParallel collects what each module has itself."""
+    teacher = teacher_of(net())
+    view = reparam.student_view(teacher)
+    assert [n for n, _ in view.named_modules()] == [""]
+    for kind in ("named_parameters", "named_buffers"):
+        own = dict(getattr(view, kind)(recurse=False))
+        assert own and own.keys() == dict(getattr(teacher, kind)()).keys()
+
+
 class Twice(nn.Module):
     """A module under two names, tied weights, and a weight that a hook computes: what a view puts into the network."""
 

@@ -37,6 +37,8 @@ def save(teacher: nn.Module, path: str | os.PathLike[str]) -> None:
     target = Path(path)
     if not target.parent.is_dir():
         raise InputError(f"the folder {target.parent} does not exist; make it first")
+    if target.is_dir():
+        raise InputError(f"{target} is a folder; name the file in it")
     tensors = _unshared(owner.state_dict())
     text = owner.plan.to_json()
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")

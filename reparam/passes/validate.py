@@ -96,7 +96,8 @@ def _check_module(path: str, module: nn.Module) -> None:
         )
     if isinstance(module, torch.jit.ScriptModule):
         raise ModelError(f"{where} ({name}) is a ScriptModule; pass the Python module it was made from")
-    if type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic", "torchao.")):
+    quantized = type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic", "torchao."))
+    if quantized and name not in ("FloatFunctional", "FXFloatFunctional"):  # those stand in float networks
         raise ModelError(f"{path}: {name} is quantized; expand the model before quantizing it")
 
 

@@ -201,14 +201,14 @@ class StudentView(nn.Module):
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield the teacher's parameters."""
-        return self.teacher.named_parameters(prefix, recurse, remove_duplicate)
+        """Yield the teacher's parameters; they count as the view's own, as it has no modules (``recurse``)."""
+        return self.teacher.named_parameters(prefix, True, remove_duplicate)
 
     def named_buffers(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, Tensor]]:
         """Yield the teacher's buffers."""
-        return self.teacher.named_buffers(prefix, recurse, remove_duplicate)
+        return self.teacher.named_buffers(prefix, True, remove_duplicate)
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return the student's state_dict, detached."""
