@@ -180,6 +180,12 @@ def read_entries(path: Path, *names: str) -> list[dict[str, Any]]:
     return [content[name] for name in names]
 
 
+def weights_of(path: str) -> Path:
+    """Return the file of weights that a path names: itself, or the student in the output folder of a run."""
+    found = Path(path).expanduser()
+    return found / STUDENT if found.is_dir() else found
+
+
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Let ``write`` fill a temporary file beside ``path`` and move it there in one step."""
     partial = path.with_name(f".{path.stem}.partial{path.suffix}")

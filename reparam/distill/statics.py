@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from reparam.distill.config import TrainConfig
 from reparam.distill.data import Facts, Normalisation
 from reparam.distill.evaluate import count_parameters
-from reparam.distill.files import CONFIG, STUDENT, SUMMARY, read_entries
+from reparam.distill.files import CONFIG, STUDENT, SUMMARY, read_entries, weights_of
 from reparam.distill.methods.base import Outputs
 from reparam.distill.students import build, check_fit, grown
 from reparam.distill.transfer import finest, side_stream
@@ -157,7 +157,7 @@ def _load(
     path = Path(checkpoint).expanduser() if checkpoint else None
     model, widen = (config.model, int(spec.partition(":")[2])) if spec.startswith(GROWN) else (spec, None)
     run = None if path is None or not path.is_dir() else _read_run(option, path, spec, model, widen)
-    weights = None if path is None else str(path / STUDENT if path.is_dir() else path)
+    weights = str(weights_of(checkpoint)) if checkpoint else None
     if weights is None and ":" in spec and not spec.startswith(TIMM_SCHEMES):
         raise InputError(f"{option} {spec} is a network without weights; give them with {option}-checkpoint")
     sizes, given = (facts.classes, facts.image_shape[0]), None if widen else weights

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 import reparam
 from reparam.distill.config import TrainConfig
-from reparam.distill.files import STUDENT
+from reparam.distill.files import weights_of
 from reparam.distill.loaders import Facts
 from reparam.distill.methods.base import logits_of
 from reparam.errors import InputError, ModelError, ReparamError
@@ -22,14 +21,11 @@ def build_student(config: TrainConfig, num_classes: int, in_chans: int) -> nn.Mo
 
     A checkpoint may be the output folder of another run, and may be for other classes: the classifier then starts anew.
     """
-    checkpoint = config.checkpoint
-    if checkpoint is not None and Path(checkpoint).expanduser().is_dir():
-        checkpoint = str(Path(checkpoint).expanduser() / STUDENT)
     return build(
         config.model,
         num_classes,
         in_chans,
-        checkpoint=checkpoint,
+        checkpoint=None if config.checkpoint is None else str(weights_of(config.checkpoint)),
         new_classifier=True,
         pretrained=config.pretrained,
         drop_path=config.drop_path,

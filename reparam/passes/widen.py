@@ -128,9 +128,7 @@ def rewrite(
         if not isinstance(whole, (tuple, list, dict)):
             return value
         keys = list(whole) if isinstance(whole, dict) else range(len(whole))
-        items = {key: new.call_function(operator.getitem, (value, key)) for key in keys}
-        for item in items.values():
-            item.meta.update(_where(value))
+        items = {key: _item(new, value, key) for key in keys}
         known.update({item: whole[key] for key, item in items.items()})
         if isinstance(whole, dict):
             return items
@@ -160,6 +158,12 @@ def rewrite(
 def _where(node: fx.Node) -> dict[str, Any]:
     """What is computed from a value alone has the gradients that the value has, whoever uses it first."""
     return {"around": node.meta["around"]} if "around" in node.meta else {}
+
+
+def _item(graph: fx.Graph, value: fx.Node, key: Any) -> fx.Node:
+    item = graph.call_function(operator.getitem, (value, key))
+    item.meta.update(_where(value))
+    return item
 
 
 def _constant(value: Any, _old: Any) -> Any:
