@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import arm_tables
 import bench_plots
 import bench_sections
 import record
@@ -73,11 +74,12 @@ def _pictures(name: str) -> str:
 
 def body(sections: Mapping[str, Section]) -> str:
     """Return the generated part of a page."""
-    parts = []
-    for name, data in committed().items():
-        kind = next((k for k in sections if name.startswith(k)), None)
+    parts, results = [], committed()
+    for names, data in arm_tables.pooled(results):
+        kind = next((k for k in sections if names[0].startswith(k)), None)
         if kind is not None:
-            parts.append(sections[kind](data) + "\n" + _origin(name, data))
+            origins = "\n".join(_origin(name, results[name]) for name in names)
+            parts.append(f"{sections[kind](data)}\n{origins}")
     return "\n".join(parts)
 
 
@@ -124,56 +126,6 @@ def _training(data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _evidence(data: dict[str, Any]) -> str:
-    config, static = data["config"], data.get("static")
-    lines = [
-        f"### Arms on {config['data']}: {config['model']}, {config['epochs']} epochs{_images(config)}\n",
-        "| arm | epochs | seeds | student top-1 (%) | averaged weights | dynamic teacher | s per run |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for arm in data["arms"]:
-        scores = [_spread(arm.get(key)) for key in ("student_top1", "student_ema_top1", "teacher_top1")]
-        seconds = sum(arm["seconds"]) / len(arm["seconds"])
-        cells = (arm["name"], str(arm["epochs"]), str(len(arm["seeds"])), *scores, f"{seconds:.0f}")
-        lines.append(f"| {' | '.join(cells)} |")
-    if static is not None:
-        lines.append(f"\nStatic teacher: {static['model']}, {static['epochs']} epochs, {static['top1']:.2f}%.")
-    return "\n".join([*lines, ""])
-
-
-def _images(config: dict[str, Any]) -> str:
-    size = f", {config['limit_train']:,} training images" if config.get("limit_train") else ""
-    return size + (f" of {config['image_size']} px" if config.get("image_size") else "")
-
-
-def _gap(data: dict[str, Any]) -> str:
-    config, static = data["config"], data.get("static")
-    lines = [
-        f"### Large gaps on {config['data']}: {static['model'] if static else 'none'} -> {config['model']}, "
-        f"{config['epochs']} epochs{_images(config)}\n",
-        "| arm | seeds | student top-1 (%) | assistant | its top-1 | dynamic teacher | s per run, assistant included |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for arm in data["arms"]:
-        assistants = arm.get("assistants", [])
-        names = ", ".join(f"{one['name']} ({one['parameters']:,} parameters)" for one in assistants)
-        scores = ", ".join(_spread(one["top1"]) for one in assistants)
-        runs = [arm["seconds"], *(one["seconds"] for one in assistants)]
-        seconds = sum(sum(each) for each in runs) / len(arm["seconds"])
-        student, teacher = _spread(arm.get("student_top1")), _spread(arm.get("teacher_top1"))
-        cells = (arm["name"], str(len(arm["seeds"])), student, names, scores, teacher, f"{seconds:.0f}")
-        lines.append(f"| {' | '.join(cells)} |")
-    if static is not None:
-        lines.append(f"\nStatic teacher: {static['model']}, {static['epochs']} epochs, {static['top1']:.2f}%.")
-    return "\n".join([*lines, ""])
-
-
-def _spread(found: dict[str, Any] | None) -> str:
-    if found is None:
-        return ""
-    return f"{found['mean']:.2f}" if found["std"] is None else f"{found['mean']:.2f} ± {found['std']:.2f}"
-
-
 def _fold(data: dict[str, Any]) -> str:
     lines = [
         f"### Folding: batch {data['batch']}, {data['threads']} threads\n",
@@ -213,9 +165,9 @@ def _networks(data: dict[str, Any]) -> str:
 PAGES: dict[str, dict[str, Section]] = {
     "results.md": {
         "compare_training": _training,
-        "evidence": _evidence,
+        "evidence": arm_tables.evidence,
         "fold": _fold,
-        "gap": _gap,
+        "gap": arm_tables.gap,
         "random_networks": _networks,
     },
     "benchmarks.md": {

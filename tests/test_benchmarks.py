@@ -18,6 +18,12 @@ def results_page(monkeypatch):
 
 
 @pytest.fixture
+def arm_tables(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("arm_tables")
+
+
+@pytest.fixture
 def budgets(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     return importlib.import_module("budgets")
@@ -47,6 +53,75 @@ def test_a_comparison_in_which_runs_failed(results_page):
     data["verdict"] = None
     text = results_page._training(data)
     assert "| 7 failed |" in text and "No verdict" in text and "None" not in text
+
+
+def arm(name, scores, epochs=15, **more):
+    """An arm as evidence.py writes it, from its scores by seed."""
+    spread = {"values": list(scores.values()), "mean": sum(scores.values()) / len(scores), "std": None}
+    seconds = [float(seed) for seed in scores]
+    return {"name": name, "seeds": list(scores), "epochs": epochs, "student_top1": spread, "seconds": seconds, **more}
+
+
+def comparison(*arms, static=None, **config):
+    more = {} if static is None else {"static": {"model": "big", "epochs": 15, "top1": static}}
+    return {"arms": list(arms), "config": {"data": "d", "model": "m", "epochs": 15, "seed": 0, **config}, **more}
+
+
+def test_results_of_one_comparison_are_one_table(arm_tables):
+    first = [arm("baseline, lr 0.1", {1: 80.0}), arm("KD", {1: 83.0})]
+    second = [arm("KD", {2: 85.0, 0: 82.0}), arm("baseline, lr 0.1", {2: 83.0, 0: 81.0})]
+    results = {
+        "evidence-a.json": comparison(*first, static=90.0, lr=0.1),
+        "evidence-b.json": comparison(*second, static=91.0, lr=0.1, later_setting=None),
+        "evidence-c.json": comparison(arm("baseline, lr 0.1", {0: 99.0}), lr=7.0),
+        "evidence-d.json": comparison(arm("baseline, lr 0.1", {0: 99.0}), lr=0.1, epochs=75),
+        "step.json": {"kind": "step"},
+    }
+    found = dict((tuple(names), data) for names, data in arm_tables.pooled(results))
+    assert set(found) == {
+        ("evidence-a.json", "evidence-b.json"),
+        ("evidence-c.json",),
+        ("evidence-d.json",),
+        ("step.json",),
+    }
+    data = found["evidence-a.json", "evidence-b.json"]
+    plain, kd = data["arms"]
+    assert (plain["seeds"], kd["seeds"]) == ([0, 1, 2], [0, 1, 2])
+    assert plain["student_top1"]["values"] == [81.0, 80.0, 83.0] and kd["seconds"] == [0.0, 1.0, 2.0]
+    assert kd["student_top1"]["mean"] == pytest.approx(250 / 3)
+    assert kd["student_top1"]["std"] == pytest.approx((7 / 3) ** 0.5)
+    # 1, 3 and 2 points: two on average, with a standard error of 1 / sqrt(3)
+    assert "| KD | 15 | 3 | 83.33 ± 1.53 | +2.00 (0.58) |" in arm_tables.evidence(data)
+    assert "big, 15 epochs, 90.00% and 91.00%" in arm_tables.evidence(data)
+
+
+def test_a_seed_counts_once(arm_tables):
+    results = {f"evidence-{letter}.json": comparison(arm("KD", {0: 80.0, 3: 81.0})) for letter in "ab"}
+    with pytest.raises(ValueError, match=r"evidence-b.json has seeds \[0, 3\] of the arm 'KD'"):
+        arm_tables.pooled(results)
+
+
+def test_the_best_baseline_is_one_of_equal_length(arm_tables):
+    longer = arm("baseline, lr 0.1, 5x epochs", {0: 90.0}, epochs=75)
+    data = comparison(longer, arm("baseline, lr 0.1", {0: 80.0}), arm("baseline, lr 0.4", {0: 81.0, 1: 81.0}))
+    assert arm_tables.best_baseline(data)["name"] == "baseline, lr 0.4"
+    assert arm_tables.paired(longer, arm_tables.best_baseline(data)) == "+9.00"
+    assert arm_tables.paired(arm("KD", {7: 80.0}), arm_tables.best_baseline(data)) == ""  # no seed in common
+    assert arm_tables.best_baseline(comparison(longer)) is None
+
+
+def test_assistants_are_pooled_too(arm_tables):
+    one, other = (
+        {"name": "mid", "parameters": 9, "top1": {"values": [score], "mean": score, "std": None}, "seconds": [score]}
+        for score in (70.0, 72.0)
+    )
+    results = {
+        "gap-a.json": comparison(arm("TAKD", {1: 80.0}, assistants=[one])),
+        "gap-b.json": comparison(arm("TAKD", {0: 80.0}, assistants=[other])),
+    }
+    ((_, data),) = arm_tables.pooled(results)
+    assert data["arms"][0]["assistants"][0]["top1"]["values"] == [72.0, 70.0]
+    assert "| mid (9 parameters) | 71.00 ± 1.41 |" in arm_tables.gap(data)
 
 
 def test_every_result_is_on_a_page(results_page):
