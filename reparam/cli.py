@@ -111,13 +111,14 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         "Measure the networks of a run again, from its files: the student as trained, extracted and folded, the "
         "dynamic teacher, with raw and with averaged weights, in one table with parity."
     )
-    parser.add_argument("folder", metavar="RUN", help="output folder of reparam train")
+    parser.add_argument("folder", metavar="RUN", help="output folder of reparam train, or one of its checkpoints")
     parser.add_argument("--data", metavar="SPEC", help="test data (default: that of the run)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
     parser.add_argument(
         "--batch-size", type=int, metavar="N", help="folder data: images at a time (default: that of the run)"
     )
     parser.add_argument("--json", metavar="FILE", help="write the table as JSON as well")
+    parser.add_argument("--output", metavar="DIR", help="write the networks of a checkpoint into this new folder")
     parser.add_argument(
         "--tsne",
         metavar="FILE",

@@ -99,6 +99,11 @@ def _refusal(error: BaseException) -> str:
 def _unwrap(content: Any, path: Path, ema: bool) -> dict[str, Tensor]:
     if not isinstance(content, Mapping):
         raise FormatError(f"{path} holds a {type(content).__name__}, not weights by name")
+    if {"version", "steps", "owner"} <= set(content):
+        raise FormatError(
+            f"{path} is a checkpoint of a training run; write its student first: "
+            f"reparam evaluate {path} --output FOLDER"
+        )
     for key in EMA_KEYS if ema else WEIGHT_KEYS:
         if _is_state(content.get(key)):
             return dict(content[key])

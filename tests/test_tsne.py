@@ -101,7 +101,7 @@ def test_run_whose_teacher_is_gone(runs, tmp_path, monkeypatch, capsys):
         assert main(["evaluate", str(runs / "run"), "--tsne", str(tmp_path / "x.png"), "--device", "cpu"]) == 0
     finally:
         (runs / "moved").rename(runs / "teacher")
-    assert "the picture lacks the static teacher: " in capsys.readouterr().out
+    assert "without the static teacher: " in capsys.readouterr().out
     assert (tmp_path / "x.png").is_file()
 
 

@@ -116,6 +116,11 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(named, key=lambda path: (path.name[:14], path.stat().st_mtime_ns))
 
 
+def after(folder: Path, steps: int) -> Path | None:
+    """Return the checkpoint of a run after that many steps; None where it was not kept."""
+    return next((path for path in reversed(checkpoints(folder)) if path.name[:14] == f"step-{steps:09d}"), None)
+
+
 def prune(folder: Path, rows: Sequence[Mapping[str, Any]], best: int, newest: int = 2) -> None:
     """Remove all checkpoints but the ``newest`` and those after the ``best`` epochs, and what a killed write left.
 

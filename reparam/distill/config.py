@@ -112,6 +112,7 @@ class TrainConfig:
     checkpoint: str | None = _option(
         None, "model", "fine-tune: start from these weights, or those of a run (default: from scratch)", metavar="PATH"
     )
+    checkpoint_ema: bool = _rare(False, "model", "start from the averaged weights that --checkpoint holds", bool)
     pretrained: bool = _option(False, "model", "fine-tune: start from timm's weights for --model", bool)
     drop_path: float | None = _rare(None, "model", "drop path rate of the student (default: the model's)", float)
     widen: int | None = _rare(None, "model", "train the student widened by N, as a network of its own", int)
@@ -122,7 +123,9 @@ class TrainConfig:
     teacher_checkpoint: str | None = _option(
         None, "teacher", "its weights, or the output folder of a run (default: timm's weights)", metavar="PATH"
     )
-
+    teacher_checkpoint_ema: bool = _rare(
+        False, "teacher", "take the averaged weights that --teacher-checkpoint holds", bool
+    )
     assistant: str | None = _rare(
         None,
         "teacher",

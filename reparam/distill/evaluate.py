@@ -52,14 +52,15 @@ class Entry:
 
     Attributes:
         name: what the table calls it.
-        network: in evaluation mode.
+        network: a module in evaluation mode, or another function of images ``[N, C, H, W]`` to logits.
         same_as: name of the entry, further up, whose logits it should have; None if there is none.
         tolerance: largest relative error at which it counts as equal.
-        parameters: how many to report, where the network gives out others: a student's view gives the teacher's.
+        parameters: how many to report, where the network is no module or gives out others: a student's view gives the
+            teacher's.
     """
 
     name: str
-    network: nn.Module
+    network: Callable[[Tensor], Tensor]
     same_as: str | None = None
     tolerance: float = PARITY_TOLERANCE
     parameters: int | None = None
@@ -153,8 +154,11 @@ class _Tally:
             "name": entry.name,
             "top1": 100 * first / max(count, 1),
             "top5": 100 * five / max(count, 1) if self._classes > 5 else None,
-            "parameters": count_parameters(entry.network) if entry.parameters is None else entry.parameters,
+            "parameters": entry.parameters,
         }
+        if entry.parameters is None:
+            assert isinstance(entry.network, nn.Module)  # a function comes with their number
+            result["parameters"] = count_parameters(entry.network)
         if entry.same_as is not None and self._differences:
             largest, scale = torch.stack(self._differences).max(dim=0).values.tolist()
             _, _, agreed, seen = own.tolist()

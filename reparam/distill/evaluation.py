@@ -1,4 +1,4 @@
-"""``reparam evaluate``: the table at the end of a run, made again from the run's files."""
+"""``reparam evaluate``: the table at the end of a run, made again from the run's files or from a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from torch import nn
 
 import reparam
 import reparam.distill.models  # registers the networks with timm
-from reparam.distill import evaluate, files, report
+from reparam.distill import checkpoints, evaluate, files, report
 from reparam.distill.config import TrainConfig
 from reparam.distill.config import options as settings
 from reparam.distill.data import Folders, load_test
 from reparam.distill.distributed import resolve_device
 from reparam.distill.evaluate import Entry
 from reparam.distill.figures import draw_tsne
-from reparam.distill.finish import EMA, EXTRACTED, TEACHER, entries_of
+from reparam.distill.finish import ASSISTANT, EMA, EXTRACTED, STATIC, TEACHER, entries_of, static_entries
 from reparam.distill.loaders import Facts, Loader, make_loader, without_idle
-from reparam.distill.networks import Networks, with_method
+from reparam.distill.networks import Networks, make_networks, with_method
 from reparam.distill.statics import load_static_teachers
 from reparam.distill.students import build, check_fit, grown
 from reparam.errors import DataError, FormatError, InputError, ReparamError
@@ -43,7 +43,15 @@ _OF_TEST = ("data", "image_size", "interpolation", "workers", "max_bad_images", 
 
 def run(options: argparse.Namespace) -> int:
     """Run ``reparam evaluate`` with its parsed options."""
-    return evaluate_run(options.folder, options.data, options.device, options.batch_size, options.json, options.tsne)
+    return evaluate_run(
+        options.folder,
+        options.data,
+        options.device,
+        options.batch_size,
+        options.json,
+        options.tsne,
+        options.output,
+    )
 
 
 def evaluate_run(
@@ -53,23 +61,25 @@ def evaluate_run(
     batch_size: int | None = None,
     json: str | None = None,
     tsne: str | None = None,
+    output: str | None = None,
 ) -> int:
     """Measure the networks of a finished (or stopped) run and print the table.
 
     Args:
-        folder: output folder of the run.
+        folder: output folder of the run, or one of its checkpoints.
         data: where the test data is; default: where the run found it.
         device: where to compute.
         batch_size: images at a time; default: that of the run.
         json: file to write the table into.
         tsne: PNG file to draw the logits of student and teachers into.
+        output: folder for the networks of a checkpoint: the files of weights that a run writes.
 
     Returns:
         0, or 1 if networks that should be equal differ.
 
     Raises:
         InputError: the folder holds no run, ``tsne`` is no name of a PNG file, or there are too few images for it;
-            a file is to be written into a folder that does not exist.
+            a file is to be written into a folder that does not exist, or networks into one that has some.
         DataError: the test data cannot be used, or has other classes or channels than the run's.
         FormatError: a file of the run is damaged or does not fit.
     """
@@ -80,24 +90,71 @@ def evaluate_run(
     written = None if json is None else Path(json).expanduser()
     if written is not None and (written.is_dir() or not written.parent.is_dir()):
         raise InputError(f"--json {json}: name a file in a folder that exists")
+    saved = _saved(path)
+    target = None if output is None else _target(saved, output)
     changes: dict[str, Any] = {"data": data, "batch_size": batch_size}
-    config = _config_of(path, {name: value for name, value in changes.items() if value is not None})
+    config = _config_of(saved, {name: value for name, value in changes.items() if value is not None})
     place = resolve_device(device)
-    run = _load(path, config, place)
+    run = _load(saved, config, place, target)
     facts = run.loader.facts
     with torch.no_grad(), tf32(False):
         rows = evaluate.measure(run.entries, run.loader.test())
     table = [dataclasses.asdict(row) for row in rows]
     print(f"{path}: {config.model} on {facts.test_images:,} test images of {facts.name}")
-    if not (path / files.SUMMARY).is_file():
+    if saved.checkpoint is not None:
+        epochs, step = saved.checkpoint["epoch"], saved.checkpoint["step"]
+        print(f"after {epochs} epoch{'s' * (epochs != 1)}" + (f" and {step} steps" if step else ""))
+    elif not (path / files.SUMMARY).is_file():
         print(f"the run has not finished ({files.SUMMARY} is missing): these are the weights that it saved last")
     print(report.networks_table(table))
+    if target is not None:
+        print(f"files:  {target}: {', '.join(sorted(entry.name for entry in target.iterdir()))}")
     if written is not None:
         files.write_json(written, {"table": table, **provenance(f"reparam evaluate {path.name}", place)})
     if picture is not None:
-        networks = _pictured(run.entries, config, facts, run.example)
+        networks = _pictured(run.entries, config)
         _draw_logits(networks, run.loader, run.classes, picture)
     return 0 if all(row.passed for row in rows if row.same_as is not None) else 1
+
+
+@dataclasses.dataclass(frozen=True)
+class _Saved:
+    """What a run wrote about itself.
+
+    Attributes:
+        path: its folder, or a checkpoint.
+        config: its settings, as they were written.
+        data: facts about its data.
+        checkpoint: the content of the checkpoint; None for a folder.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    data: dict[str, Any]
+    checkpoint: dict[str, Any] | None = None
+
+
+def _saved(path: Path) -> _Saved:
+    if path.is_file():
+        state = checkpoints.read_checkpoint(path)
+        return _Saved(path, state["config"], state["data"], state)
+    if not (path / files.CONFIG).is_file() or not (path / files.STUDENT).is_file():
+        raise InputError(
+            f"{path} is no output folder of reparam train, nor a checkpoint: it lacks {files.CONFIG} or {files.STUDENT}"
+        )
+    config, data = files.read_entries(path / files.CONFIG, "config", "data")
+    return _Saved(path, config, data)
+
+
+def _target(saved: _Saved, output: str) -> Path:
+    """Return a new folder for the networks of a checkpoint."""
+    if saved.checkpoint is None:
+        raise InputError(f"--output: {saved.path} has the files of its networks already; a checkpoint has none")
+    target = Path(output).expanduser()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"--output {target} is a file or holds something already; name a new folder")
+    target.mkdir(parents=True, exist_ok=True)
+    return target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,8 +174,8 @@ class _Run:
     entries: list[Entry]
 
 
-def _load(path: Path, config: TrainConfig, place: torch.device) -> _Run:
-    (trained,) = files.read_entries(path / files.CONFIG, "data")
+def _load(saved: _Saved, config: TrainConfig, place: torch.device, target: Path | None) -> _Run:
+    path, trained = saved.path, saved.data
     source = load_test(config.data, trained["classes"])
     channels, *_, size = trained["image_shape"]
     if source.in_chans != channels:
@@ -134,32 +191,35 @@ def _load(path: Path, config: TrainConfig, place: torch.device) -> _Run:
     check_fit(student, example, loader.facts, config.model)
     if config.widen is not None:
         student = grown(student, config.widen, example, config.noise)
-    entries: list[Entry] = []
-    for suffix, own, wide in (("", files.STUDENT, files.TEACHER), (EMA, files.STUDENT_EMA, files.TEACHER_EMA)):
-        if (path / own).is_file():
-            entries += _entries(student, path / own, path / wide, example, config, suffix)
+    if saved.checkpoint is not None:
+        entries = _entries_of_state(saved.checkpoint, student, example, config, target)
+    else:
+        entries = []
+        for suffix, own, wide in (("", files.STUDENT, files.TEACHER), (EMA, files.STUDENT_EMA, files.TEACHER_EMA)):
+            if (path / own).is_file():
+                entries += _entries(student, path / own, path / wide, example, config, suffix)
+    entries += _static_entries(config, loader.facts, example)
     return _Run(source.classes, loader, example, entries)
 
 
-def _pictured(
-    entries: Sequence[Entry], config: TrainConfig, facts: Facts, example: torch.Tensor
-) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
-    """Student, dynamic teacher, static teacher and assistants, by the name that the picture gives them."""
-    titles = {EXTRACTED: f"student {config.model}", TEACHER: "dynamic teacher"}
-    found: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-        titles[entry.name]: entry.network for entry in entries if entry.name in titles
-    }
+def _static_entries(config: TrainConfig, facts: Facts, example: torch.Tensor) -> list[Entry]:
     if config.distiller is None:
-        return found
+        return []
     try:
-        statics = load_static_teachers(config, facts, example)
+        return static_entries(config, load_static_teachers(config, facts, example))
     except ReparamError as error:
-        print(f"the picture lacks the static teacher: {error}")
-        return found
-    names = [f"teacher {config.teacher}", *(f"assistant {name}" for name in (config.assistant or "").split(","))]
-    for name, static in zip(names, statics, strict=False):
-        found[name] = lambda images, static=static: static(images).logits  # type: ignore[misc]
-    return found
+        print(f"without the static teacher: {error}")
+        return []
+
+
+def _pictured(entries: Sequence[Entry], config: TrainConfig) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """Student, dynamic teacher, static teacher and assistants, by the name that the picture gives them."""
+    titles = {EXTRACTED: f"student {config.model}", TEACHER: "dynamic teacher", STATIC: f"teacher {config.teacher}"}
+    return {
+        titles.get(entry.name, entry.name): entry.network
+        for entry in entries
+        if entry.name in titles or entry.name.startswith(ASSISTANT)
+    }
 
 
 def _draw_logits(
@@ -207,16 +267,34 @@ def _entries(
     return entries_of(Networks(copy.deepcopy(student)), extracted, example, suffix)
 
 
-def _config_of(folder: Path, changes: Mapping[str, Any]) -> TrainConfig:
-    """The settings of the run in ``folder``, with changes.
+def _entries_of_state(
+    state: Mapping[str, Any], student: nn.Module, example: torch.Tensor, config: TrainConfig, target: Path | None
+) -> list[Entry]:
+    """The rows for the networks of a checkpoint, which are written into the folder ``target`` as well."""
+    networks = make_networks(student, example, config)
+    networks.owner.load_state_dict(state["owner"], strict=True)
+    sets = {"": networks}
+    if state["ema"] is not None:
+        averaged = copy.deepcopy(networks.owner)
+        averaged.load_state_dict(state["ema"], strict=True)
+        sets[EMA] = networks.of(averaged)
+    entries: list[Entry] = []
+    for suffix, one in sets.items():
+        one.train(False)
+        extracted = one.extract().eval()
+        entries += entries_of(one, extracted, example, suffix)
+        if target is not None:
+            files.RunFolder(target).save_networks(extracted, one.teacher, ema=suffix == EMA)
+    return entries
+
+
+def _config_of(saved: _Saved, changes: Mapping[str, Any]) -> TrainConfig:
+    """The settings of a run, with changes.
 
     Those of training alone are left out: they may not fit the data or the machine, and have no say in a test.
     """
-    if not (folder / files.CONFIG).is_file() or not (folder / files.STUDENT).is_file():
-        raise InputError(f"{folder} is no output folder of reparam train: it lacks {files.CONFIG} or {files.STUDENT}")
-    (saved,) = files.read_entries(folder / files.CONFIG, "config")
-    unknown = sorted(set(saved) - set(settings()))
+    unknown = sorted(set(saved.config) - set(settings()))
     if unknown:
-        raise FormatError(f"{folder / files.CONFIG} was written by another version: unknown {', '.join(unknown)}")
+        raise FormatError(f"{saved.path} was written by another version: unknown {', '.join(unknown)}")
     kept = [name for name, (option, _) in settings().items() if option.group in _OF_NETWORKS or name in _OF_TEST]
-    return TrainConfig(**{**{name: saved[name] for name in kept if name in saved}, **changes})
+    return TrainConfig(**{**{name: saved.config[name] for name in kept if name in saved.config}, **changes})

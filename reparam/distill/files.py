@@ -180,10 +180,20 @@ def read_entries(path: Path, *names: str) -> list[dict[str, Any]]:
     return [content[name] for name in names]
 
 
-def weights_of(path: str) -> Path:
-    """Return the file of weights that a path names: itself, or the student in the output folder of a run."""
+def weights_of(path: str, ema: bool = False) -> tuple[Path, bool]:
+    """Return the file of weights that a path names: itself, or the student in the output folder of a run.
+
+    Args:
+        path: a file or a folder.
+        ema: whether the averaged weights are meant. A run has them in a file of their own.
+
+    Returns:
+        The file, and whether to look inside it for averaged weights.
+    """
     found = Path(path).expanduser()
-    return found / STUDENT if found.is_dir() else found
+    if not found.is_dir():
+        return found, ema
+    return found / (STUDENT_EMA if ema else STUDENT), False
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:

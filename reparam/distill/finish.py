@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -12,18 +12,20 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import reparam
-from reparam.distill import evaluate, files
+from reparam.distill import checkpoints, evaluate, files
 from reparam.distill.config import TrainConfig
 from reparam.distill.engine import Engine
 from reparam.distill.evaluate import Entry, Row
 from reparam.distill.files import RunFolder
 from reparam.distill.loaders import Loader
 from reparam.distill.networks import Networks
+from reparam.distill.statics import StaticTeacher
 from reparam.errors import ReparamError
 from reparam.passes.tf32 import tf32
 from reparam.provenance import LIBRARIES, versions
 
 AS_TRAINED, EXTRACTED, FOLDED, TEACHER = "student as trained", "student extracted", "student folded", "teacher"
+STATIC, ASSISTANT = "static teacher", "assistant "
 EMA = " (EMA)"
 
 
@@ -69,6 +71,15 @@ def entries_of(networks: Networks, extracted: nn.Module, example: Tensor, suffix
     return entries
 
 
+def static_entries(config: TrainConfig, statics: Sequence[StaticTeacher]) -> list[Entry]:
+    """Return the rows of the static teacher and of its assistants."""
+    names = (STATIC, *(f"{ASSISTANT}{name}" for name in (config.assistant or "").split(",")))
+    return [
+        Entry(name, static.logits, parameters=evaluate.count_parameters(static.network))
+        for name, static in zip(names, statics, strict=False)
+    ]
+
+
 def _folded(extracted: nn.Module, example: Tensor) -> nn.Module | None:
     """The student with every norm and branch folded that can be; None where it cannot be recorded."""
     try:
@@ -110,6 +121,7 @@ def finish(
     entries = entries_of(engine.networks, again(engine.networks, files.STUDENT), example)
     if averaged is not None:
         entries += entries_of(averaged, again(averaged, files.STUDENT_EMA), example, EMA)
+    entries += static_entries(config, engine.statics)
     with tf32(False):  # whose rounding is above the tolerances
         table = evaluate.measure(entries, loader.test(), engine.group, engine.images)
     summary = _summary(config, engine, loader, folder, table, counts)
@@ -136,7 +148,8 @@ def _summary(
 ) -> dict[str, Any]:
     rows = {row.name: row for row in table}
     measured = [row for row in folder.rows if row["student_top1"] is not None]
-    best = max(measured, key=lambda row: row["student_top1"])
+    best = max(measured, key=lambda row: (row["student_top1"], row["epoch"]))
+    kept = checkpoints.after(folder.path, best["step"])
     compared = [row for row in table if row.same_as is not None]
     parity = rows[EXTRACTED].parity
     return {
@@ -144,6 +157,7 @@ def _summary(
         "student_ema_top1": rows[EXTRACTED + EMA].top1 if EXTRACTED + EMA in rows else None,
         "teacher_top1": rows[TEACHER].top1 if TEACHER in rows else None,
         "teacher_ema_top1": rows[TEACHER + EMA].top1 if TEACHER + EMA in rows else None,
+        "static_teacher_top1": rows[STATIC].top1 if STATIC in rows else None,
         "baseline": config.baseline,
         "method": config.method,
         "table": [asdict(row) for row in table],
@@ -156,6 +170,7 @@ def _summary(
         "rollbacks": counts["order"],
         "best_student_top1": best["student_top1"],
         "best_epoch": best["epoch"],
+        "best_checkpoint": None if kept is None else kept.name,
         "data": asdict(loader.facts),
         "device": str(engine.group.device),
         "processes": engine.group.world,

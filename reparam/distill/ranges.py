@@ -160,6 +160,8 @@ _IDLE: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("assistant_epochs", lambda config: config.assistant_checkpoint is not None, "the assistants are trained already"),
     ("teacher_distill", lambda config: config.distiller is None, "--method has no loss against a static teacher"),
     ("kd_smoothing", lambda config: config.kd_loss != "sce", "it belongs to --kd-loss sce"),
+    ("checkpoint_ema", lambda config: config.checkpoint is None, "there is no --checkpoint"),
+    ("teacher_checkpoint_ema", lambda config: config.teacher_checkpoint is None, "there is no --teacher-checkpoint"),
     ("ema_warmup", lambda config: not config.ema, "there is no --ema"),
     ("nesterov", lambda config: config.optimizer != "sgd", "it belongs to --optimizer sgd"),
     ("milestones", lambda config: config.schedule != "multistep", "they belong to --schedule multistep"),

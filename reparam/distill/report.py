@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from reparam.distill.checkpoints import FOLDER
 from reparam.distill.config import TrainConfig
 from reparam.distill.loaders import Facts
 from reparam.distill.ranges import cut_off
@@ -100,9 +101,22 @@ def closing(summary: Mapping[str, Any], folder: Path) -> str:
             f"{summary['seconds']:.1f} s",
             networks_table(summary["table"]),
             f"files:  {folder}: {', '.join(sorted(entry.name for entry in folder.iterdir()))}",
+            *_best(summary, folder),
             *([judge] if summary["method"] == "gpd" else []),
         ]
     )
+
+
+def _best(summary: Mapping[str, Any], folder: Path) -> list[str]:
+    """Say how to get the student of an epoch before the last, if that was better and its checkpoint is there."""
+    name, epoch = summary["best_checkpoint"], summary["best_epoch"]
+    if name is None or epoch == summary["epochs"]:
+        return []
+    path = folder / FOLDER / name
+    return [
+        f"best:   {summary['best_student_top1']:.2f}% after epoch {epoch}, chosen on these images; its networks: "
+        f"reparam evaluate {path} --output DIR"
+    ]
 
 
 def networks_table(measured: Sequence[Mapping[str, Any]]) -> str:

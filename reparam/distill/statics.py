@@ -53,6 +53,12 @@ class StaticTeacher:
         return found
 
     @torch.no_grad()
+    def logits(self, images: Tensor) -> Tensor:
+        """Answer images that are normalised for the student, ``[N, C, H, W]``, with logits alone."""
+        found: Tensor = self.network(self.normalised(images))
+        return found
+
+    @torch.no_grad()
     def __call__(self, images: Tensor) -> Outputs:
         """Answer images that are normalised for the student, ``[N, C, H, W]``."""
         images = self.normalised(images)
@@ -118,6 +124,7 @@ def load_static_teachers(
         ModelError: a network fails on the images, or has another number of classes.
     """
     wanted = [("--teacher", config.teacher or "", config.teacher_checkpoint)]
+    averaged = config.teacher_checkpoint_ema
     if config.assistant is not None:
         names, paths = config.assistant.split(","), (config.assistant_checkpoint or "").split(",")
         if len(names) != len(paths):
@@ -128,7 +135,10 @@ def load_static_teachers(
         if not all(paths):
             raise InputError("assistants are trained by `reparam train`; from Python give --assistant-checkpoint")
         wanted += [("--assistant", name, path) for name, path in zip(names, paths, strict=True)]
-    loaded = [_load(option, spec, path, config, facts, example, place) for option, spec, path in wanted]
+    loaded = [
+        _load(option, spec, path, averaged and not number, config, facts, example, place)
+        for number, (option, spec, path) in enumerate(wanted)
+    ]
     teacher, *assistants = (count_parameters(one.network) for one in loaded)
     for (_, name, _), size in zip(wanted[1:], assistants, strict=True):
         if size > teacher:
@@ -144,6 +154,7 @@ def _load(
     option: str,
     spec: str,
     checkpoint: str | None,
+    averaged: bool,
     config: TrainConfig,
     facts: Facts,
     example: Tensor,
@@ -157,12 +168,13 @@ def _load(
     path = Path(checkpoint).expanduser() if checkpoint else None
     model, widen = (config.model, int(spec.partition(":")[2])) if spec.startswith(GROWN) else (spec, None)
     run = None if path is None or not path.is_dir() else _read_run(option, path, spec, model, widen)
-    weights = str(weights_of(checkpoint)) if checkpoint else None
+    file, ema = weights_of(checkpoint, averaged) if checkpoint else (None, False)
+    weights = None if file is None else str(file)
     if weights is None and ":" in spec and not spec.startswith(TIMM_SCHEMES):
         raise InputError(f"{option} {spec} is a network without weights; give them with {option}-checkpoint")
     sizes, given = (facts.classes, facts.image_shape[0]), None if widen else weights
     try:
-        network = build(model, *sizes, checkpoint=given, pretrained=weights is None).to(example.device)
+        network = build(model, *sizes, checkpoint=given, ema=ema, pretrained=weights is None).to(example.device)
     except ModelError as error:
         if weights is not None:
             raise
@@ -173,7 +185,7 @@ def _load(
         _check_head(option, spec, network, facts)
     if widen:
         network = grown(network, widen, example.float(), config.noise)
-        load_weights(network, weights or "")
+        load_weights(network, weights or "", ema=ema)
     teacher = StaticTeacher(network, facts, _normalisation(network, facts, run, weights is None))
     check_fit(teacher.network, teacher.normalised(example.float()), facts, spec, option)
     if example.dtype == torch.float64:

@@ -21,11 +21,13 @@ def build_student(config: TrainConfig, num_classes: int, in_chans: int) -> nn.Mo
 
     A checkpoint may be the output folder of another run, and may be for other classes: the classifier then starts anew.
     """
+    path, ema = (None, False) if config.checkpoint is None else weights_of(config.checkpoint, config.checkpoint_ema)
     return build(
         config.model,
         num_classes,
         in_chans,
-        checkpoint=None if config.checkpoint is None else str(weights_of(config.checkpoint)),
+        checkpoint=None if path is None else str(path),
+        ema=ema,
         new_classifier=True,
         pretrained=config.pretrained,
         drop_path=config.drop_path,
@@ -38,6 +40,7 @@ def build(
     in_chans: int,
     *,
     checkpoint: str | None = None,
+    ema: bool = False,
     pretrained: bool = False,
     drop_path: float | None = None,
     new_classifier: bool = False,
@@ -51,6 +54,7 @@ def build(
         num_classes: number of logits.
         in_chans: channels of an image.
         checkpoint: file of weights.
+        ema: whether to read its averaged weights.
         pretrained: start from timm's weights.
         drop_path: drop path rate, if the network has that argument.
         new_classifier: whether a checkpoint may be for other classes, see ``reparam.models.load_weights``.
@@ -64,6 +68,7 @@ def build(
             return load_model(
                 spec,
                 checkpoint=checkpoint,
+                ema=ema,
                 pretrained=pretrained,
                 drop_path=drop_path,
                 new_classifier=new_classifier,
