@@ -73,6 +73,7 @@ def test_options_reach_the_settings():
     [
         ("--method baseline --ratio 3", "--ratio would have no effect: --method has no gpd"),
         ("--no-teacher-distill", "--teacher-distill would have no effect: --method has no loss against a static"),
+        ("--kd-loss mse --kd-weight 0", "--kd-loss would have no effect: --kd-weight 0 leaves out the loss"),
         ("--kd-loss mse --kd-smoothing 0.2", "--kd-smoothing would have no effect: it belongs to --kd-loss sce"),
         (
             "--student-temperature 4 --assistant-checkpoint a --tau-max 9 --method gapkd --teacher t --assistant a",

@@ -72,7 +72,7 @@ def test_how_many_there_are() -> None:
     large_gaps = {"cifar100": 3 + 7 + 6 + 4, "cifar10": 4 + 6 + 6, "fashion-mnist": 1 + 4}
     kdiffusion = 5 * 4 + 2 * 4
     assert found == {
-        "imagenet": 24 + 2 * 2,
+        "imagenet": 24 + 2 * 5 + 2 * 2,
         "imagenet100": 5,
         "cifar100": 12 * 6 + 9 * 2 + 6 + large_gaps["cifar100"] + kdiffusion,
         "cifar10": large_gaps["cifar10"],
@@ -204,6 +204,16 @@ def test_imagenet_rvt_recipe() -> None:
     [
         ("resnet34-resnet18-dkd", 71.70, 512, 0.2, {"temperature": 1.0, "alpha": 1.0, "beta": 0.5, "ema": 0.0}),
         ("resnet34-resnet18-gpd+dkd", 72.71, 512, 0.1, {"temperature": 1.0, "beta": 0.5, "ema": 0.99996, "ratio": 2}),
+        ("resnet34-resnet18-kd", 70.66, 512, 0.2, {"temperature": 1.0, "ce_weight": 0.5, "distill_weight": 0.5}),
+        ("resnet34-resnet18-at", 70.69, 512, 0.2, {"distill_weight": 1000.0, "ema": 0.0}),
+        ("resnet34-resnet18-crd", 71.17, 256, 0.1, {"distill_weight": 0.8}),
+        ("resnet34-resnet18-rkd", 70.40, 256, 0.1, {"distill_weight": 1.0}),
+        ("resnet34-resnet18-dist", 72.07, 256, 0.1, {"distill_weight": 2.0, "temperature": 1.0}),
+        ("resnet50-mobilenet_v1-kd", 68.58, 512, 0.2, {"teacher": "resnet50.tv_in1k", "distill_weight": 0.5}),
+        ("resnet50-mobilenet_v1-at", 69.56, 512, 0.2, {"distill_weight": 1000.0, "clip_grad": 0.0}),
+        ("resnet50-mobilenet_v1-crd", 71.37, 256, 0.1, {"distill_weight": 0.8}),
+        ("resnet50-mobilenet_v1-rkd", 68.5, 256, 0.1, {"distill_weight": 1.0}),
+        ("resnet50-mobilenet_v1-dist", 73.24, 256, 0.1, {"distill_weight": 2.0, "temperature": 1.0}),
         ("resnet34-resnet18-reviewkd", 71.61, 256, 0.1, {"distill_weight": 1.0, "clip_grad": 0.0}),
         ("resnet34-resnet18-gpd+reviewkd", 72.50, 256, 0.1, {"distill_weight": 1.0, "clip_grad": 5.0}),
         ("resnet50-mobilenet_v1-dkd", 72.05, 512, 0.2, {"temperature": 1.0, "beta": 2.0}),

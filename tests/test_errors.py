@@ -317,7 +317,7 @@ def test_no_example_can_be_found() -> None:
 
     match = (
         r"no example input can be found for Odd, whose forward takes 2 inputs; give one, for instance "
-        r"reparam\.expand\(model, ratio=2, example_input=\(left, right\)\)"
+        r"example_input=\(left, right\)"
     )
     both(Odd(), match, example_input=None)
 

@@ -31,6 +31,77 @@ def unet() -> Plan:
 # Contents ------------------------------------------------------------------------------------------------------------
 
 
+class Computed(nn.Module):
+    """Layers whose operator sees another form of the weight: reshaped, or made by a layer from an input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.flat, self.last = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 6, 1), nn.Conv2d(6, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(x)).flatten(2)
+        x = self.flat.weight.flatten(1) @ x
+        scale = self.flat.weight.square().sum((1, 2, 3))  # and its norm: a second use of the same weight
+        return self.last((x * scale.view(-1, 1)).unsqueeze(-1))
+
+
+def test_rows_have_the_shapes_of_the_parameters() -> None:
+    """Whatever form of it the operator sees; of several operators the first is named."""
+    network, x = Computed(), torch.randn(2, 3, 5, 5)
+    plan = reparam.plan(network, 2, example_input=x)
+    wide = reparam.expand(network, 2, example_input=x).state_dict()
+    shapes = {name: tuple(p.shape) for name, p in network.named_parameters() if p.dim() > 1}
+    assert {row.name: row.shape for row in plan.layers} == shapes
+    assert {row.name: row.wide_shape for row in plan.layers} == {name: tuple(wide[name].shape) for name in shapes}
+    assert shapes["flat.weight"] == (6, 4, 1, 1) and tuple(wide["flat.weight"].shape) == (12, 8, 1, 1)
+
+
+class Unknown(nn.Module):
+    """A layer whose weight goes through something that has no rule."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.first, self.middle, self.last, self.how = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3), how
+        self.branching = Branching()
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.middle.weight * 2
+        weight = torch.linalg.matrix_exp(weight) if self.how == "operator" else self.branching(weight)
+        return self.last(F.linear(F.relu(self.first(x)), weight).relu())
+
+
+class Branching(nn.Module):
+    """Code that no graph can hold."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight if bool(weight.sum() > 0) else -weight
+
+
+@pytest.mark.parametrize(
+    ("how", "reader"),
+    [
+        ("operator", r"linalg_matrix_exp, which has no rule$"),
+        ("code", r"branching, which is kept as it is \(\S+test_plan\.py:\d+: control flow depends on"),
+    ],
+)
+def test_notes_name_what_keeps_a_weight_narrow(how: str, reader: str) -> None:
+    plan = reparam.plan(Unknown(how), 2, example_input=torch.randn(2, 4))
+    (note,) = plan.notes
+    assert re.search("^middle.weight: kept at student width, read by " + reader, note), note
+    assert str(plan).endswith(note)
+    assert {row.name: row.widened for row in plan.layers}["middle.weight"] is False
+
+
+def test_notes_on_an_exported_program() -> None:
+    x = torch.randn(2, 3, 8, 8)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)).eval()
+    plan = reparam.plan(torch.export.export(network, (x,)).module(), 2, example_input=x)
+    first, second = plan.notes
+    assert first == "0.weight and 1 more: kept at student width, read by conv2d.default, which has no rule"
+    assert second.endswith("plan the module itself")
+    assert reparam.plan(network, 2, example_input=x).notes == ()
+
+
 def test_layers(unet: Plan) -> None:
     layers = {layer.name: layer for layer in unet.layers}
     assert list(layers) == [n for n, p in UNet().named_parameters() if p.dim() == 4]

@@ -160,6 +160,7 @@ _IDLE: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("assistant_epochs", lambda config: config.assistant_checkpoint is not None, "the assistants are trained already"),
     ("teacher_distill", lambda config: config.distiller is None, "--method has no loss against a static teacher"),
     ("kd_smoothing", lambda config: config.kd_loss != "sce", "it belongs to --kd-loss sce"),
+    ("kd_loss kd_smoothing kd_start_epoch", lambda config: config.kd_weight == 0, "--kd-weight 0 leaves out the loss"),
     ("checkpoint_ema", lambda config: config.checkpoint is None, "there is no --checkpoint"),
     ("teacher_checkpoint_ema", lambda config: config.teacher_checkpoint is None, "there is no --teacher-checkpoint"),
     ("ema_warmup", lambda config: not config.ema, "there is no --ema"),

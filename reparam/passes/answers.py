@@ -173,7 +173,10 @@ def _asked_for(node: fx.Node) -> tuple[str, str]:
             "give it inputs as they were then, or compute both ways and choose by an argument of forward"
         )
     if asked & {"dtype", "type", "layout", "get_device"}:
-        return "a dtype or layout", "expand it again with an example_input of the kind that is used now"
+        return "a dtype or layout", (
+            "expand it again with an example_input of the kind that is used now; under torch.autocast take another "
+            "dtype (bfloat16 for float16)"
+        )
     return "a size", "expand it again with an example_input of the size that is used now"
 
 

@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from reparam.errors import CaptureError
 from reparam.passes.memory import Memory, shapes_of, signature
+from reparam.passes.modes import told
 from reparam.passes.skeleton import home_of
 from reparam.passes.tracer import ModelTracer
 
@@ -221,7 +222,7 @@ def _inner(
 
 def _untraceable(root: nn.Module, error: Exception) -> str:
     return (
-        f"{type(root).__name__}: the forward pass cannot be recorded as a graph: {type(error).__name__}: {error}. "
+        f"{type(root).__name__}: the forward pass cannot be recorded as a graph: {told(error)}. "
         "Its own forward branches on data or calls code that refuses symbolic values. Move that code into a "
         "submodule (submodules that cannot be recorded are kept as they are), or expand the submodules one by one"
     )

@@ -122,7 +122,7 @@ def _find(model: nn.Module, skeleton: nn.Module) -> Inputs:
     raise InputError(
         f"no example input can be found for {type(model).__name__}"
         f"{f', whose forward takes {len(names)} inputs' if len(names) > 1 else ''}; give one, for instance "
-        f"reparam.expand(model, ratio=2, example_input={call})"
+        f"example_input={call}"
     )
 
 

@@ -15,6 +15,7 @@ from reparam.passes.folding.record import record_calls
 from reparam.passes.folding.report import FoldReport, report_of
 from reparam.passes.folding.surgery import Surgery, put_module
 from reparam.passes.meta import run_module_on_meta
+from reparam.passes.modes import told
 from reparam.passes.skeleton import rebuild, skeleton_of
 from reparam.passes.validate import check_eval, check_model
 from reparam.passes.watch import watch
@@ -163,7 +164,7 @@ def _kind(call: Inputs) -> str:
 
 def _untraceable(model: nn.Module, error: Exception) -> CaptureError:
     return CaptureError(
-        f"{type(model).__name__}: the forward pass cannot be recorded as a graph: {type(error).__name__}: {error}. "
+        f"{type(model).__name__}: the forward pass cannot be recorded as a graph: {told(error)}. "
         "It branches on data or calls code that refuses symbolic values, and so does all inside it"
     )
 

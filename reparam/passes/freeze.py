@@ -17,6 +17,7 @@ from reparam.passes.modes import require
 from reparam.passes.plan import Plan
 from reparam.passes.planner import Planner
 from reparam.passes.ratios import Ratio, Ratios
+from reparam.passes.registry import find_rule
 from reparam.passes.rows import EditPlan, LayerPlan
 from reparam.passes.skeleton import canonical_names, named_tensors
 from reparam.passes.splits import Choices
@@ -61,7 +62,7 @@ def make_plan(
         graph=fingerprint(capture),
         parameters=sum(p.numel() for p in model.parameters()),
         wide_parameters=_wide_parameters(model, params),
-        notes=tuple(_notes(capture)),
+        notes=(*_notes(capture), *_without_rules(capture)),
         specialised=tuple(sorted(capture.specialised)),
     )
     return made, state
@@ -105,8 +106,9 @@ def _layers(
             continue  # tied: it stands under its first name
         layer = state.layers.get(name)
         if layer is not None:
-            wide = state.params[name].wide_shape if name in state.params else layer.shape
-            layer = dataclasses.replace(layer, wide_shape=wide)
+            # The operator may see another form of it: normalised, reshaped, computed from it.
+            wide = state.params[name].wide_shape if name in state.params else module_shape
+            layer = dataclasses.replace(layer, shape=module_shape, wide_shape=wide)
             if not (layer.widened or layer.reason):
                 layer = dataclasses.replace(layer, reason=_COMPUTED)
             found.append(layer)
@@ -165,6 +167,37 @@ def _notes(capture: Capture) -> list[str]:
         "the network branches on its training flag and its train mode cannot be recorded: the teacher keeps the eval "
         "mode branch in both modes",
     ]
+
+
+def _without_rules(capture: Capture) -> list[str]:
+    """Name the operators without a rule, and the modules without a graph, that read weights.
+
+    Nothing else says why these weights keep their width: the operators that take what comes out have no say in it.
+    """
+    reading: dict[str, dict[str, None]] = {}
+    weights: dict[fx.Node, str] = {}  # and what is computed from one weight alone
+    for node in capture.nodes():
+        if node.op == "get_attr" and isinstance(node.meta.get("val"), nn.Parameter):
+            if node.meta["val"].dim() > 1:
+                weights[node] = str(node.target)
+            continue
+        read = {weights[source]: None for source in node.all_input_nodes if source in weights}
+        if node.op == "call_module":
+            why = capture.leaves.get(str(node.target), "it has no graph")
+            reading.setdefault(f"{node.target}, which is kept as it is ({why})", {}).update(read)
+        elif node.op in ("call_function", "call_method"):
+            if find_rule(node.op, node.target) is None:
+                reading.setdefault(f"{operator_name(node)}, which has no rule", {}).update(read)
+            elif len(read) == 1 and all(source in weights for source in node.all_input_nodes):
+                weights[node] = next(iter(read))
+    notes = []
+    for reader, read in reading.items():
+        if read:
+            first, *others = read
+            notes.append(f"{first}{f' and {len(others)} more' * bool(others)}: kept at student width, read by {reader}")
+    if any(isinstance(node.target, torch._ops.OpOverload) for node in capture.nodes()):
+        notes.append("operators such as aten.conv2d.default are those of exported programs: plan the module itself")
+    return notes
 
 
 def fingerprint(capture: Capture) -> str:

@@ -16,6 +16,7 @@ from reparam.passes.folding.surgery import put_module
 from reparam.passes.head_modules import COMBINATIONS, Heads, Merged, Passing, Place, copies, give, merged, take
 from reparam.passes.last_operator import Search, check_different
 from reparam.passes.meta import run_module_on_meta
+from reparam.passes.modes import told
 from reparam.passes.skeleton import rebuild, skeleton_of
 from reparam.passes.stages import stages as find_stages
 from reparam.passes.validate import check_model
@@ -74,7 +75,7 @@ def add_heads(
     except Exception as error:
         raise CaptureError(
             f"{type(model).__name__}: the forward pass cannot be recorded, and heads are found on its graph: "
-            f"{type(error).__name__}: {error}"
+            f"{told(error)}"
         ) from error
     found = Search(recording, model)
     places = [

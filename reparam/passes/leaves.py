@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from reparam.passes.call import NodeEdit
 from reparam.passes.capture import trace_branches
+from reparam.passes.modes import told
 from reparam.passes.registry import find_rule
 from reparam.passes.state import operator_name
 from reparam.passes.values import Free, Int, Pair, Refuse, Value, student, walk
@@ -84,7 +85,7 @@ def _inner_graphs(planner: Planner, node: fx.Node, training: bool, args: Value, 
     if isinstance(graphs, Refuse):
         raise graphs
     if isinstance(graphs, Exception):
-        raise Refuse(f"its forward cannot be recorded ({type(graphs).__name__}: {graphs})")
+        raise Refuse(f"its forward cannot be recorded ({told(graphs)})")
     return graphs
 
 

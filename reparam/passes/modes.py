@@ -18,6 +18,12 @@ from reparam.passes.functionalize import is_query
 from reparam.passes.values import plain
 
 
+def told(error: Exception) -> str:
+    """Return what an error says; with its type where the code of a network raised it, not the recording."""
+    own = isinstance(error, fx.proxy.TraceError)
+    return str(error) if own else f"{type(error).__name__}: {error}"
+
+
 class BranchOnTraining(fx.proxy.TraceError):
     """Control flow asks for the training flag of a module.
 

@@ -128,8 +128,8 @@ def record_layer(
         multiply_adds = (0, 0)  # the eval mode of the same code has counted them
     planner.state.layers[name] = LayerPlan(
         name=name,
-        operator=operator_name(node),
-        source=node.meta.get("source", ""),
+        operator=earlier.operator if earlier else operator_name(node),
+        source=earlier.source if earlier else node.meta.get("source", ""),
         shape=tuple(weight.s.shape),
         wide_shape=tuple(weight.t.shape),
         inputs=inputs,

@@ -20,8 +20,8 @@ class LayerPlan:
         name: path of the parameter.
         operator: operator that uses it.
         source: file and line of the call.
-        shape: student shape.
-        wide_shape: teacher shape.
+        shape: of the parameter, in the student.
+        wide_shape: the same in the teacher.
         inputs: the input side is widened, or is the network's own input.
         outputs: the output side is widened, or is the network's own output.
         reason: why a side keeps its width, or an empty string.

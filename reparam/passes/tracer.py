@@ -38,7 +38,7 @@ from reparam.passes.intrinsics import intrinsics
 from reparam.passes.listening import TRACERS, listed_tensors, training_property
 from reparam.passes.memory import Memory, remember, remembered, shapes_of, signature
 from reparam.passes.meta import Unknown, has_tensor, run_leaf_on_meta, run_on_meta
-from reparam.passes.modes import refuse, require, require_mode
+from reparam.passes.modes import refuse, require, require_mode, told
 from reparam.passes.proxies import HintProxy, nodes_of, proxies_have_types, source_line
 from reparam.passes.recorder import Recorder
 from reparam.passes.restore import refuse_assigned_buffers, restore, snapshot
@@ -337,7 +337,7 @@ class ModelTracer(Recorder):
             self.rollback(mark)
             # Code that failed half way may have left symbolic values in the module's attributes.
             restore(m, state)
-            self.leaves[path] = f"{type(error).__name__}: {error}"
+            self.leaves[path] = told(error)
             result = self.create_proxy("call_module", path, args, kwargs)
             if isinstance(result.node.meta["val"], Unknown):
                 raise
