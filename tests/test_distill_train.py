@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -342,6 +343,19 @@ def test_comparison(tmp_path, config, capsys):
     shown = capsys.readouterr().out
     assert shown.startswith("6 runs of ") and shown.splitlines()[0].endswith("seeds 0, 1")
     assert "GPD minus the best baseline" in shown and "seed 1  baseline lr 0.4" in shown
+
+
+def test_a_comparison_shows_averaged_weights_too(short, capsys):
+    content = compare(dataclasses.replace(short, ema=0.5), seeds=(0, 1))
+    for arm in content["arms"]:
+        folders = [Path(short.output) / f"{arm['name'].replace(' ', '-')}-seed{seed}" for seed in (0, 1)]
+        found = [json.loads((folder / "summary.json").read_text())["student_ema_top1"] for folder in folders]
+        assert arm["student_ema_top1"] == found
+    _, _, table = capsys.readouterr().out.partition("\n\n")
+    head, _, *lines = table.splitlines()
+    assert head.split()[-6:] == ["mean", "std", "averaged", "s", "per", "run"]
+    for line, arm in zip(lines[:3], content["arms"], strict=True):
+        assert line.split()[-2] == f"{sum(arm['student_ema_top1']) / 2:.2f}"
 
 
 @pytest.fixture

@@ -201,6 +201,7 @@ def _arm_numbers(arm: Arm, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "student_top1": top1,
         "mean": statistics.mean(top1) if top1 else None,
         "std": statistics.stdev(top1) if len(top1) > 1 else None,
+        "student_ema_top1": [run["student_ema_top1"] for run in runs] if arm.config.ema and runs else None,
         "teacher_top1": teachers or None,
         "seconds": [run["seconds"] for run in runs],
         "threads": runs[0]["threads"] if runs else None,
@@ -253,11 +254,15 @@ def describe(content: dict[str, Any], folder: Path) -> str:
     measured, verdict = content["arms"], content["verdict"]
     failed = {(arm["name"], run["seed"]): run["error"] for arm in measured for run in arm["failed"]}
     seeds = sorted({seed for arm in measured for seed in arm["seeds"]} | {seed for _, seed in failed})
-    rows = [["student top-1", *(f"seed {seed}" for seed in seeds), "mean", "std", "s per run"]]
+    averaged = ["averaged"] if any(arm.get("student_ema_top1") for arm in measured) else []
+    rows = [["student top-1", *(f"seed {seed}" for seed in seeds), "mean", "std", *averaged, "s per run"]]
     for arm in measured:
         scores = dict(zip(arm["seeds"], arm["student_top1"], strict=True))
         numbers = [f"{scores[seed]:.2f}" if seed in scores else "FAILED" for seed in seeds]
         numbers += ["-" if arm[name] is None else f"{arm[name]:.2f}" for name in ("mean", "std")]
+        if averaged:
+            found = arm.get("student_ema_top1")
+            numbers.append(f"{statistics.mean(found):.2f}" if found else "-")
         rows.append([arm["name"], *numbers, f"{statistics.mean(arm['seconds']):.0f}" if arm["seconds"] else "-"])
     lines = ["", table(rows), *(f"FAILED  {name}, seed {seed}: {why}" for (name, seed), why in failed.items())]
     if verdict is None:
