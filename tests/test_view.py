@@ -183,6 +183,38 @@ def test_a_step_makes_no_tensors_of_numbers(recipe: str) -> None:
     assert (mode.count, known.count) == (0, 1)
 
 
+class Words(nn.Module):
+    """An embedding and its bag, whose gradients may be sparse."""
+
+    def __init__(self, sparse: bool) -> None:
+        super().__init__()
+        self.words, self.bags = nn.Embedding(9, 4, sparse=sparse), nn.EmbeddingBag(9, 4, sparse=sparse)
+        self.first, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.first(torch.tanh(self.words(x)).mean(1) + self.bags(x))))
+
+
+@pytest.mark.parametrize("order", ["teacher view", "view teacher", "view", "view view"])
+@pytest.mark.parametrize("gather", [False, True], ids=["plain", "gathered"])
+def test_sparse_gradients_of_embeddings(gather: bool, order: str) -> None:
+    """No map brings a sparse gradient back: those of the view become dense, and add to the teacher's own."""
+    x, found = torch.randint(9, (5, 6), generator=torch.Generator().manual_seed(0)), []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        teacher = reparam.expand(Words(sparse).double(), 2, example_input=x)
+        networks = {"teacher": teacher, "view": reparam.student_view(teacher)}
+        with networks["view"].gathered() if gather else nullcontext():
+            for name in order.split():
+                networks[name](x).square().sum().backward()
+        assert all(not p.grad.is_sparse for p in teacher.parameters())
+        found.append([p.grad for p in teacher.parameters()])
+        assert reparam.extract(teacher).words.sparse is sparse
+    for dense, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, dense, rtol=1e-12, atol=1e-12)
+        assert dense.abs().max() > 1e-3
+
+
 def test_gathered_gradients_without_those_of_a_teacher() -> None:
     teacher = teacher_of(net())
     view = reparam.student_view(teacher)

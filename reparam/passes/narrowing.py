@@ -20,13 +20,15 @@ from reparam.passes.teacher import Teacher
 class Source:
     """Where a tensor of the student comes from: a slot of a module of the teacher, and the map to narrow it by.
 
-    A recurrent module may move its weights into a block of memory of its own (for cuDNN): they must be no views.
+    A recurrent module may move its weights into a block of memory of its own (for cuDNN): they must be no views. An
+    embedding may return sparse gradients, which no map can bring back: they become dense.
     """
 
     slots: dict[str, Any]
     slot: str
     param_map: ParamMap | None
     moves: bool = False
+    sparse: bool = False
 
     @property
     def tensor(self) -> Tensor:
@@ -39,6 +41,8 @@ class Source:
         if self.param_map is None:
             return self.tensor
         value = self.param_map.narrow(self.tensor)
+        if self.sparse:
+            value = _Dense.apply(value)
         return value.clone() if self.moves and value._is_view() else value
 
     def leaf(self) -> Tensor:
@@ -57,7 +61,9 @@ class Source:
             return
         if wide.grad is None:
             wide.grad = torch.zeros_like(wide)
-        self.param_map.pull_back(leaf.grad, wide.grad)
+        elif wide.grad.is_sparse:  # the teacher's own
+            wide.grad = wide.grad.to_dense()
+        self.param_map.pull_back(leaf.grad.to_dense() if leaf.grad.is_sparse else leaf.grad, wide.grad)
 
 
 class Narrowing:
@@ -97,21 +103,36 @@ class Narrowing:
     def _sources(self, teacher: Teacher) -> Iterator[tuple[str, Source]]:
         own = set(teacher.plan.statistics) if teacher.plan.own_statistics else set()
         for name in self.names:
-            moves = isinstance(teacher.skeleton.get_submodule(name.rpartition(".")[0]), nn.RNNBase)
+            module = teacher.skeleton.get_submodule(name.rpartition(".")[0])
+            kinds = isinstance(module, nn.RNNBase), bool(getattr(module, "sparse", False))
             if name in own:
                 yield name, _source(teacher, f"{STATISTICS}.{name}", None)
             else:
-                yield name, _source(teacher, name, teacher.plan.params.get(name), moves)
+                yield name, _source(teacher, name, teacher.plan.params.get(name), *kinds)
         for branch in self.branches:
             for key, place, param_map in branch.places():
                 yield key, _source(teacher, place, param_map)
 
 
-def _source(teacher: Teacher, place: str, param_map: ParamMap | None, moves: bool = False) -> Source:
+def _source(
+    teacher: Teacher, place: str, param_map: ParamMap | None, moves: bool = False, sparse: bool = False
+) -> Source:
     path, _, leaf = place.rpartition(".")
     holder = teacher.get_submodule(path)
     slots: dict[str, Any] = holder._parameters if leaf in holder._parameters else holder._buffers
-    return Source(slots, leaf, param_map, moves)
+    return Source(slots, leaf, param_map, moves, sparse)
+
+
+class _Dense(torch.autograd.Function):
+    """The tensor itself; a sparse gradient becomes dense."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0].to_dense() if gradients[0].is_sparse else gradients[0]
 
 
 class Gathering:
