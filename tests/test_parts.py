@@ -19,6 +19,7 @@ import reparam
 from reparam.errors import CaptureError, InputError, VerificationError
 from reparam.passes import parts as parts_module
 from reparam.passes.teacher import Teacher
+from reparam.passes.world import World
 
 # Networks ------------------------------------------------------------------------------------------------------------
 
@@ -605,6 +606,51 @@ def test_code_that_computes_in_single_precision_is_verified(name: str, monkeypat
     monkeypatch.setattr(parts_module.Given, "tensors", off)
     with pytest.raises(VerificationError):
         reparam.expand(model, 2, example_input=x)
+
+
+class Quantized(nn.Module):
+    """A weight that learns to be rounded: an operator that has no kernel for float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 2, 1)
+        self.register_buffer("on", torch.ones(1, dtype=torch.long))
+        self.register_buffer("lowest", torch.full((4,), -1.0))
+        self.register_buffer("highest", torch.full((4,), 1.0))
+        self.register_buffer("scale", torch.full((4,), 1 / 64))
+        self.register_buffer("zero", torch.zeros(4, dtype=torch.int32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        observed = (self.lowest, self.highest, self.scale, self.zero)
+        weight = torch.fused_moving_avg_obs_fake_quant(
+            self.middle.weight, 0 * self.on, self.on, *observed, 0.01, -128, 127, 0, True, True
+        )
+        return self.head(F.conv2d(self.first(x), weight, self.middle.bias).relu())
+
+
+def test_an_operator_without_float64_is_verified(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, x = Quantized().eval(), torch.randn(2, 3, 8, 8)
+    with pytest.raises(RuntimeError, match="expected scalar type Float"):
+        copy.deepcopy(model).double()(x.double())
+    teacher = reparam.expand(model, 2, example_input=x)
+    assert teacher.first.weight.shape[0] == 8 and teacher.middle.weight.shape == (4, 4, 3, 3)
+    assert any("read by fused_moving_avg_obs_fake_quant, which has no rule" in note for note in teacher.plan.notes)
+    with torch.no_grad():
+        assert error(model(x), teacher(x)) < 1e-4
+        assert error(model(x), reparam.student_view(teacher)(x)) < 1e-4
+    # What is wrong behind it is found, in the precision that is left.
+    monkeypatch.setattr(World, "call", _off_in_the_teacher(World.call, torch.fused_moving_avg_obs_fake_quant))
+    with pytest.raises(VerificationError):
+        reparam.expand(model, 2, example_input=x)
+
+
+def _off_in_the_teacher(call: Callable[..., Any], target: Any) -> Callable[..., Any]:
+    def changed(self: World, node: Any, args: Any, kwargs: Any) -> Any:
+        found = call(self, node, args, kwargs)
+        return found * 1.01 if node.target is target and self.attributes is not None else found
+
+    return changed
 
 
 # Networks of torchvision ---------------------------------------------------------------------------------------------

@@ -71,8 +71,8 @@ def verify(model: nn.Module, capture: Capture, rewritten: Rewritten, plan: Plan,
 
     Parameters that are constant (fresh norms, zero-initialised branches) are varied, so that nothing hides behind
     a zero. Code without a graph that asks for single precision gets float64; where it makes such numbers in a way of
-    its own (through numpy) and does not run, it runs in the student's dtype, and it and what follows are compared to
-    the tolerance of that.
+    its own (through numpy) and does not run, it runs in the student's dtype, and so does an operator without a kernel
+    for float64 (quantization's); these and what follows are compared to the tolerance of that.
 
     Raises:
         VerificationError: a node differs; names node, operator, module and source line.

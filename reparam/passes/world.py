@@ -69,11 +69,17 @@ class World:
             return None  # about the modes and sizes of a user, and dtypes that are wider here
         if node.op == "get_attr":
             return self._attribute(target)
-        if node.op == "call_method":
-            return getattr(args[0], target)(*args[1:], **kwargs)
         if node.op == "call_module":
             return self._module(target, args, kwargs)
-        return target(*args, **kwargs)
+        function = getattr(type(args[0]), target) if node.op == "call_method" else target
+        try:
+            return function(*args, **kwargs)
+        except RuntimeError as error:
+            if not _is_about_dtypes(error):
+                raise
+        self.single = True  # it has no kernel for float64, as those of quantization
+        with in_single():
+            return _cast(function(*_cast(args, torch.float32), **_cast(kwargs, torch.float32)), torch.float64)
 
     def _attribute(self, name: str) -> Any:
         if name.rpartition(".")[2] == "training":
@@ -174,7 +180,7 @@ def _cast(values: Any, dtype: torch.dtype | None) -> Any:
 
 
 def _is_about_dtypes(error: Exception) -> bool:
-    return any(word in str(error) for word in ("dtype", "scalar type", "data type", "same type"))
+    return any(word in str(error) for word in ("dtype", "scalar type", "data type", "same type", "'Double'"))
 
 
 @contextlib.contextmanager
