@@ -446,6 +446,18 @@ def test_settings_that_may_change(tmp_path, nets, teacher_run, monkeypatch):
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
+def test_settings_that_an_earlier_version_did_not_have():
+    """They were at their defaults, whatever these are; nothing else may be missing."""
+    current = dataclasses.asdict(TrainConfig().resolved())
+    new = ("checkpoint_ema", "clip_grad", "noise", "crop_pct")
+    saved = {name: value for name, value in current.items() if name not in new}
+    checkpoints.check_same(saved, current, Path("x"))
+    with pytest.raises(InputError, match=r"noise was 0\.25, is 0\.5"):
+        checkpoints.check_same(saved, {**current, "noise": 0.5}, Path("x"))
+    with pytest.raises(InputError, match="gone was 3, is None"):
+        checkpoints.check_same({**saved, "gone": 3}, current, Path("x"))
+
+
 def test_resume_auto_needs_a_place():
     with pytest.raises(InputError, match="--resume auto looks for a run in --output, which was not given"):
         train(TrainConfig(resume="auto"))
