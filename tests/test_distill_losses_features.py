@@ -160,7 +160,7 @@ def test_attention_knows_no_scale_and_no_order_of_channels():
     expected = sum(abs(student[0][:, c]) ** 3 for c in range(4)) / 4
     torch.testing.assert_close(attention_map(student[0], 3), expected)
     assert attention_transfer(student, [2 * student[0]]) < 1e-30
-    blank = torch.zeros(3, 4, 6, 5, requires_grad=True)
+    blank = torch.zeros(3, 4, 6, 5, dtype=torch.float64, requires_grad=True)
     attention_transfer([blank], teacher).backward()
     assert blank.grad.abs().max() == 0
 
