@@ -83,14 +83,8 @@ def evaluate_run(
         DataError: the test data cannot be used, or has other classes or channels than the run's.
         FormatError: a file of the run is damaged or does not fit.
     """
-    path = Path(folder).expanduser()
-    picture = None if tsne is None else Path(tsne).expanduser()
-    if picture is not None and (picture.suffix.lower() != ".png" or not picture.parent.is_dir()):
-        raise InputError(f"--tsne {tsne}: name a file that ends in .png, in a folder that exists")
-    written = None if json is None else Path(json).expanduser()
-    if written is not None and (written.is_dir() or not written.parent.is_dir()):
-        raise InputError(f"--json {json}: name a file in a folder that exists")
-    saved = _saved(path)
+    written, picture = _files(json, tsne)
+    saved = _saved(Path(folder).expanduser())
     target = None if output is None else _target(saved, output)
     changes: dict[str, Any] = {"data": data, "batch_size": batch_size}
     config = _config_of(saved, {name: value for name, value in changes.items() if value is not None})
@@ -100,21 +94,27 @@ def evaluate_run(
     with torch.no_grad(), tf32(False):
         rows = evaluate.measure(run.entries, run.loader.test())
     table = [dataclasses.asdict(row) for row in rows]
-    print(f"{path}: {config.model} on {facts.test_images:,} test images of {facts.name}")
-    if saved.checkpoint is not None:
-        epochs, step = saved.checkpoint["epoch"], saved.checkpoint["step"]
-        print(f"after {epochs} epoch{'s' * (epochs != 1)}" + (f" and {step} steps" if step else ""))
-    elif not (path / files.SUMMARY).is_file():
-        print(f"the run has not finished ({files.SUMMARY} is missing): these are the weights that it saved last")
+    print(f"{saved.path}: {config.model} on {facts.test_images:,} test images of {facts.name}{_stage(saved)}")
     print(report.networks_table(table))
     if target is not None:
         print(f"files:  {target}: {', '.join(sorted(entry.name for entry in target.iterdir()))}")
     if written is not None:
-        files.write_json(written, {"table": table, **provenance(f"reparam evaluate {path.name}", place)})
+        files.write_json(written, {"table": table, **provenance(f"reparam evaluate {saved.path.name}", place)})
     if picture is not None:
         networks = _pictured(run.entries, config)
         _draw_logits(networks, run.loader, run.classes, picture)
     return 0 if all(row.passed for row in rows if row.same_as is not None) else 1
+
+
+def _files(json: str | None, tsne: str | None) -> tuple[Path | None, Path | None]:
+    """Return the files to write, checked before anything is measured."""
+    picture = None if tsne is None else Path(tsne).expanduser()
+    if picture is not None and (picture.suffix.lower() != ".png" or not picture.parent.is_dir()):
+        raise InputError(f"--tsne {tsne}: name a file that ends in .png, in a folder that exists")
+    written = None if json is None else Path(json).expanduser()
+    if written is not None and (written.is_dir() or not written.parent.is_dir()):
+        raise InputError(f"--json {json}: name a file in a folder that exists")
+    return written, picture
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +144,16 @@ def _saved(path: Path) -> _Saved:
         )
     config, data = files.read_entries(path / files.CONFIG, "config", "data")
     return _Saved(path, config, data)
+
+
+def _stage(saved: _Saved) -> str:
+    """Say how far the networks were trained, where that is not to the end."""
+    if saved.checkpoint is not None:
+        epochs, step = saved.checkpoint["epoch"], saved.checkpoint["step"]
+        return f"\nafter {epochs} epoch{'s' * (epochs != 1)}" + (f" and {step} steps" if step else "")
+    if (saved.path / files.SUMMARY).is_file():
+        return ""
+    return f"\nthe run has not finished ({files.SUMMARY} is missing): these are the weights that it saved last"
 
 
 def _target(saved: _Saved, output: str) -> Path:
