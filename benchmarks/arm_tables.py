@@ -76,12 +76,12 @@ def _row(one: Result, other: Result, name: str) -> Result:
     row = {**one, "seeds": sorted(seeds), "seconds": _in_order(one["seconds"] + other["seconds"], order)}
     for key in SCORES:
         if key in one and key in other:
-            row[key] = _spread(_in_order(one[key]["values"] + other[key]["values"], order))
+            row[key] = spread(_in_order(one[key]["values"] + other[key]["values"], order))
     if "assistants" in one:
         row["assistants"] = [
             {
                 **a,
-                "top1": _spread(_in_order(a["top1"]["values"] + b["top1"]["values"], order)),
+                "top1": spread(_in_order(a["top1"]["values"] + b["top1"]["values"], order)),
                 "seconds": _in_order(a["seconds"] + b["seconds"], order),
             }
             for a, b in zip(one["assistants"], other["assistants"], strict=True)
@@ -93,9 +93,10 @@ def _in_order(values: list[float], order: list[int]) -> list[float]:
     return [values[place] for place in order]
 
 
-def _spread(values: list[float]) -> Result:
-    spread = statistics.stdev(values) if len(values) > 1 else None
-    return {"values": values, "mean": statistics.mean(values), "std": spread}
+def spread(values: list[float]) -> Result:
+    """Return these values with their mean and, of two or more, their standard deviation."""
+    std = statistics.stdev(values) if len(values) > 1 else None
+    return {"values": values, "mean": statistics.mean(values), "std": std}
 
 
 def best_baseline(data: Result) -> Result | None:

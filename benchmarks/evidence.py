@@ -24,7 +24,6 @@ import argparse
 import dataclasses
 import math
 import signal
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -35,6 +34,7 @@ from typing import Any
 
 import compare_training
 import record
+from arm_tables import spread
 
 from reparam.distill import files
 from reparam.distill.command import add_arguments, config_from
@@ -307,7 +307,7 @@ def _row(arm: Arm, seeds: tuple[int, ...], runs: Path) -> dict[str, Any] | None:
     for key in ("student_top1", "student_ema_top1", "teacher_top1"):
         values = [summary[key] for summary in found if summary[key] is not None]
         if values:
-            row[key] = _spread(values)
+            row[key] = spread(values)
     row["seconds"] = [summary["seconds"] for summary in found]
     assistants = _assistants(arm, seeds, runs)
     if assistants:
@@ -315,11 +315,6 @@ def _row(arm: Arm, seeds: tuple[int, ...], runs: Path) -> dict[str, Any] | None:
     row["parameters"] = found[0]["parameters"]
     row["parity_max_rel"] = max(summary["parity"]["max_rel"] for summary in found)
     return row
-
-
-def _spread(values: list[float]) -> dict[str, Any]:
-    spread = statistics.stdev(values) if len(values) > 1 else None
-    return {"values": values, "mean": statistics.mean(values), "std": spread}
 
 
 def _assistants(arm: Arm, seeds: tuple[int, ...], runs: Path) -> list[dict[str, Any]]:
@@ -334,7 +329,7 @@ def _assistants(arm: Arm, seeds: tuple[int, ...], runs: Path) -> list[dict[str, 
         {
             "name": _network(summaries[0]["config"]),
             "epochs": summaries[0]["epochs"],
-            "top1": _spread([summary["student_top1"] for summary in summaries]),
+            "top1": spread([summary["student_top1"] for summary in summaries]),
             "seconds": [summary["seconds"] for summary in summaries],
             "parameters": summaries[0]["parameters"]["student"],
         }
