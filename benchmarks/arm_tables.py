@@ -10,6 +10,8 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
+from reparam.distill.config import completed
+
 Result = dict[str, Any]
 
 SCORES = ("student_top1", "student_ema_top1", "teacher_top1")
@@ -35,11 +37,11 @@ def pooled(results: Mapping[str, Result]) -> list[tuple[list[str], Result]]:
 
 
 def _same(one: Result, other: Result) -> bool:
-    if "arms" not in one or any(one.get(key) != other.get(key) for key in ("compute", "gap_recipe", "assistant")):
+    how = ("compute", "gap_recipe", "assistant", "device")
+    if "arms" not in one or any(one.get(key) != other.get(key) for key in how):
         return False
-    # Settings that only a later version has were at their defaults, which change nothing, before.
-    settings = one["config"].keys() & other["config"].keys() - {"seed"}
-    if any(one["config"][key] != other["config"][key] for key in settings):
+    first, second = (completed(each["config"]) for each in (one, other))
+    if any(first[key] != second.get(key) for key in first.keys() - {"seed"}) or second.keys() != first.keys():
         return False
     static = [each["static"] for each in (one, other) if "static" in each]
     return len({(each["model"], each["epochs"]) for each in static}) < 2
@@ -75,6 +77,7 @@ def _row(one: Result, other: Result, name: str) -> Result:
     order = sorted(range(len(seeds)), key=seeds.__getitem__)
     row = {**one, "seeds": sorted(seeds), "seconds": _in_order(one["seconds"] + other["seconds"], order)}
     for key in SCORES:
+        row.pop(key, None)  # of some seeds alone it would stand for all
         if key in one and key in other:
             row[key] = spread(_in_order(one[key]["values"] + other[key]["values"], order))
     if "assistants" in one:

@@ -72,7 +72,7 @@ def test_results_of_one_comparison_are_one_table(arm_tables):
     second = [arm("KD", {2: 85.0, 0: 82.0}), arm("baseline, lr 0.1", {2: 83.0, 0: 81.0})]
     results = {
         "evidence-a.json": comparison(*first, static=90.0, lr=0.1),
-        "evidence-b.json": comparison(*second, static=91.0, lr=0.1, later_setting=None),
+        "evidence-b.json": comparison(*second, static=91.0, lr=0.1, checkpoint_ema=False),
         "evidence-c.json": comparison(arm("baseline, lr 0.1", {0: 99.0}), lr=7.0),
         "evidence-d.json": comparison(arm("baseline, lr 0.1", {0: 99.0}), lr=0.1, epochs=75),
         "step.json": {"kind": "step"},
@@ -93,6 +93,16 @@ def test_results_of_one_comparison_are_one_table(arm_tables):
     # 1, 3 and 2 points: two on average, with a standard error of 1 / sqrt(3)
     assert "| KD | 15 | 3 | 83.33 ± 1.53 | +2.00 (0.58) |" in arm_tables.evidence(data)
     assert "big, 15 epochs, 90.00% and 91.00%" in arm_tables.evidence(data)
+
+
+def test_settings_that_an_earlier_result_does_not_have_were_at_their_defaults(arm_tables):
+    first = comparison(arm("KD", {0: 80.0}), clip_grad=5.0)
+    for changes, joined in (({"checkpoint_ema": False}, True), ({"checkpoint_ema": True}, False)):
+        second = comparison(arm("KD", {1: 81.0}), clip_grad=5.0, **changes)
+        results = {"evidence-a.json": first, "evidence-b.json": second}
+        assert (len(arm_tables.pooled(results)) == 1) is joined
+    unlike = {**second, "config": first["config"], "device": "another"}
+    assert len(arm_tables.pooled({"evidence-a.json": {**first, "device": "one"}, "evidence-b.json": unlike})) == 2
 
 
 def test_a_seed_counts_once(arm_tables):

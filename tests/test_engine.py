@@ -573,7 +573,7 @@ def test_static_teachers_that_do_not_fit(tmp_path, teacher_run):
     example = make_batch(2, dtype=torch.float32).images
     with pytest.raises(InputError, match=r"is a run of cifar_resnet8_w8, but --teacher is cifar_resnet20"):
         load_static_teachers(with_teacher(teacher_run, "x", teacher="cifar_resnet20"), facts(), example)
-    with pytest.raises(InputError, match=r"is no output folder of a run: it lacks config.json or student.safetensors"):
+    with pytest.raises(InputError, match=r"is no output folder of a run: it lacks config.json$"):
         load_static_teachers(with_teacher(tmp_path, "x"), facts(), example)
     with pytest.raises((FormatError, ModelError, InputError), match=r"fc|7|classes"):
         load_static_teachers(with_teacher(teacher_run, "x"), facts(classes=7), example)

@@ -6,11 +6,12 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from training import NETS, facts, read_csv
 
 from reparam.cli import main
-from reparam.distill.checkpoints import checkpoints
+from reparam.distill.checkpoints import checkpoints, read_checkpoint
+from reparam.distill.compare import arms
 from reparam.distill.config import TrainConfig
 from reparam.distill.report import closing
 from reparam.distill.statics import load_static_teachers
@@ -95,6 +96,43 @@ def test_the_run_names_its_best_epoch(folder):
     assert "--output DIR" not in closing(summary, folder / "run")
 
 
+def test_the_checkpoint_of_a_run_in_float64(tmp_path):
+    assert main(small(tmp_path, "--precision", "fp64", "--ema", "0.8")) == 0
+    (*_, last) = checkpoints(tmp_path / "run")
+    found = measured(tmp_path, last, "--output", str(tmp_path / "new"))
+    table = table_of(tmp_path / "run" / "summary.json")
+    assert {name: row["top1"] for name, row in found.items()} == {name: row["top1"] for name, row in table.items()}
+    for name in WEIGHTS:
+        own, written = load_file(tmp_path / "run" / name), load_file(tmp_path / "new" / name)
+        assert all(torch.equal(own[key], written[key]) and own[key].dtype == written[key].dtype for key in own), name
+    assert written["conv1.weight" if "conv1.weight" in written else next(iter(written))].dtype == torch.float64
+
+
+def test_a_checkpoint_of_several_processes_has_the_mean_of_their_statistics(tmp_path):
+    """Within an epoch each has its own, as in a run that goes on in one process."""
+    assert main(small(tmp_path, "--model", "cifar_resnet8_w8", "--epochs", "1", "--limit-batches", "1")) == 0
+    (*_, last) = checkpoints(tmp_path / "run")
+    state = read_checkpoint(last)
+    name = next(name for name in state["owner"] if name.endswith("running_mean") and "student_statistics" in name)
+    own = state["owner"][name].clone()
+    state["statistics"] = [{"owner": {name: own + more}, "ema": {}} for more in (0.0, 1.0)]
+    path = tmp_path / "within.ckpt"
+    torch.save({**state, "step": 3}, path)
+    assert main(["evaluate", str(path), "--output", str(tmp_path / "new")]) == 0
+    found = load_file(tmp_path / "new" / "student.safetensors")[name.partition(".")[2]]
+    torch.testing.assert_close(found, own + 0.5)
+
+
+def test_a_network_that_has_changed_since(tmp_path, capsys):
+    assert main(small(tmp_path, "--method", "baseline")) == 0
+    (*_, last) = checkpoints(tmp_path / "run")
+    changed = NETS.replace("def normless(", "def other(") + "\n\ndef normless(num_classes=10, in_chans=1):\n"
+    (tmp_path / "nets.py").write_text(f"{changed}    return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))\n")
+    for path in (last, tmp_path / "run"):
+        assert main(["evaluate", str(path)]) == 2
+    assert f"{last} does not fit {tmp_path / 'nets.py'}:normless, which may have changed" in capsys.readouterr().err
+
+
 def test_bad_input(folder, tmp_path, capsys):
     (*_, last) = checkpoints(folder / "run")
     taken = tmp_path / "taken"
@@ -145,6 +183,12 @@ def test_the_static_teacher_is_in_the_table(tmp_path, capsys, method):
     found = measured(tmp_path, tmp_path / "run")
     assert {name: row["top1"] for name, row in found.items()} == {name: row["top1"] for name, row in table.items()}
     capsys.readouterr()
+    weights = load_file(tmp_path / "static" / "student.safetensors")
+    for name in weights:
+        weights[name] = weights[name] * 1.5
+    save_file(weights, tmp_path / "static" / "student.safetensors")
+    assert list(measured(tmp_path, tmp_path / "run")) == list(table)[: -len(names)]
+    assert "these are not the weights that it, or an assistant, had in the run" in capsys.readouterr().out
     shutil.rmtree(tmp_path / "static")
     assert list(measured(tmp_path, tmp_path / "run")) == list(table)[: -len(names)]
     assert "without the static teacher: " in capsys.readouterr().out
@@ -191,8 +235,28 @@ def test_averaged_weights_that_are_not_there(folder, tmp_path, capsys):
     assert main(small(tmp_path, "--method", "baseline")) == 0
     model = ["--model", f"{folder / 'nets.py'}:normless", "--output", str(tmp_path / "new"), "--checkpoint-ema"]
     assert main(["train", *model, "--checkpoint", str(tmp_path / "run")]) == 2
-    assert "no such weight file" in capsys.readouterr().err
+    assert "has no averaged weights (student_ema.safetensors): a run has them if it" in capsys.readouterr().err
     assert main(["train", *model, "--checkpoint", str(tmp_path / "run" / "student.safetensors")]) == 2
     assert "holds one set of weights, so there is no EMA to choose" in capsys.readouterr().err
     assert main(["train", *model]) == 2
     assert "--checkpoint-ema would have no effect: there is no --checkpoint" in capsys.readouterr().err
+
+
+def test_assistants_have_no_averaged_teachers_in_between(tmp_path):
+    """The averaged weights are those of the static teacher; assistants are trained without them."""
+    start, model = tmp_path / "start", f"{tmp_path / 'nets.py'}:normless"
+    assert main([*small(tmp_path, "--method", "baseline", "--ema", "0.5"), "--output", str(start)]) == 0
+    words = ["--method", "takd", "--teacher", model, "--teacher-checkpoint", str(start), "--teacher-checkpoint-ema"]
+    with pytest.warns(UserWarning, match="more than the teacher"):
+        assert main(small(tmp_path, *words, "--assistant", f"{model},expand:2")) == 0
+    rows = table_of(tmp_path / "run" / "summary.json")
+    averaged = table_of(start / "summary.json")["student extracted (EMA)"]
+    assert rows["static teacher"]["top1"] == averaged["top1"]
+    folders = sorted((tmp_path / "run").glob("assistant-*/config.json"))
+    flags = [json.loads(path.read_text())["config"]["teacher_checkpoint_ema"] for path in folders]
+    assert flags == [True, False]
+
+
+def test_baselines_of_a_comparison_have_no_such_settings():
+    config = TrainConfig(method="kd", teacher="t", teacher_checkpoint="x", teacher_checkpoint_ema=True)
+    assert [arm.config.teacher_checkpoint_ema for arm in arms(config)] == [True, False]

@@ -92,6 +92,43 @@ def test_notes_name_what_keeps_a_weight_narrow(how: str, reader: str) -> None:
     assert {row.name: row.widened for row in plan.layers}["middle.weight"] is False
 
 
+class Monitored(nn.Module):
+    """Reads its weights with an operator that has no rule, beside using them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = torch.special.i0e(self.middle.weight.detach()).sum()
+        return self.last(self.middle(self.first(x).relu()).relu()) * (1 + 0.01 * size)
+
+
+def test_notes_say_nothing_about_weights_that_are_widened() -> None:
+    plan = reparam.plan(Monitored(), 2, example_input=torch.randn(2, 4))
+    assert {row.name: row.widened for row in plan.layers}["middle.weight"]
+    assert plan.notes == ()
+
+
+@torch.library.custom_op("reparam_tests::halved", mutates_args=())
+def halved(x: Tensor) -> Tensor:
+    return x / 2
+
+
+@halved.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def test_notes_on_an_operator_of_ones_own() -> None:
+    class Custom(Monitored):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(F.linear(self.first(x).relu(), halved(self.middle.weight)).relu())
+
+    (note,) = reparam.plan(Custom(), 2, example_input=torch.randn(2, 4)).notes
+    assert note.startswith("middle.weight: kept at student width, read by ") and "exported" not in note
+
+
 def test_notes_on_an_exported_program() -> None:
     x = torch.randn(2, 3, 8, 8)
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)).eval()

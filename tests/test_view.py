@@ -215,6 +215,25 @@ def test_sparse_gradients_of_embeddings(gather: bool, order: str) -> None:
         assert dense.abs().max() > 1e-3
 
 
+class Masked(nn.Module):
+    """A layer with a mask of its own, which it calls sparse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 4))
+        self.register_buffer("sparse", (torch.rand(6, 4) > 0.5).float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight * self.sparse)
+
+
+def test_sparse_may_be_anything_in_another_module() -> None:
+    model, x = nn.Sequential(nn.Linear(3, 4), Masked(), nn.Linear(6, 2)).double(), sample((5, 3))
+    teacher = reparam.expand(model, 2, example_input=x)
+    with torch.no_grad():
+        assert error(model(x), reparam.student_view(teacher)(x)) < 1e-12
+
+
 def test_gathered_gradients_without_those_of_a_teacher() -> None:
     teacher = teacher_of(net())
     view = reparam.student_view(teacher)

@@ -111,7 +111,7 @@ def _stage(config: TrainConfig, names: list[str], places: list[str]) -> TrainCon
     name, before = names[-1], names[:-1]
     learns: dict[str, Any] = {"method": "kd"}
     if before and kind.hands_down == "previous":
-        learns |= {"teacher": before[-1], "teacher_checkpoint": places[-2]}
+        learns |= {"teacher": before[-1], "teacher_checkpoint": places[-2], "teacher_checkpoint_ema": False}
     elif before and kind.hands_down == "all":
         earlier = {"assistant": ",".join(before), "assistant_checkpoint": ",".join(places[:-1])}
         learns |= {"method": config.distiller, **earlier}
@@ -133,6 +133,7 @@ def _stage(config: TrainConfig, names: list[str], places: list[str]) -> TrainCon
         epochs=config.assistant_epochs or config.epochs,
         assistant_epochs=None,
         checkpoint=None,
+        checkpoint_ema=False,
         pretrained=False,
         drop_path=config.drop_path if widen else None,
         standardise=False,

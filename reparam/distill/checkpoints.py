@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from reparam.distill.config import options
+from reparam.distill.config import completed
 from reparam.distill.files import write_atomically
 from reparam.errors import FormatError, InputError
 
@@ -163,8 +163,7 @@ def check_same(saved: Mapping[str, Any], current: Mapping[str, Any], path: Path)
     Raises:
         InputError: names every setting that differs, with both values.
     """
-    # A setting that an earlier version did not have was at its default.
-    saved = {**{name: default for name, (_, default) in options().items() if name in current}, **saved}
+    saved = completed(saved)
     names = sorted((set(saved) | set(current)) - _FREE)
     differing = [name for name in names if _plain(name, saved.get(name)) != _plain(name, current.get(name))]
     if differing:
@@ -177,8 +176,7 @@ def check_same(saved: Mapping[str, Any], current: Mapping[str, Any], path: Path)
 
 _FREE = frozenset(
     "output resume quiet workers threads device tensorboard keep_best save_steps save_epochs on_nan max_bad_images "
-    "compile cuda_graph overlap channels_last eval_epochs teacher_checkpoint teacher_checkpoint_ema "
-    "assistant_checkpoint".split()
+    "compile cuda_graph overlap channels_last eval_epochs teacher_checkpoint assistant_checkpoint".split()
 )
 """Settings that may change between the parts of a run: they say how it is computed and kept, not what."""
 

@@ -59,6 +59,7 @@ def arms(config: TrainConfig) -> list[Arm]:
     found = [Arm(f"{config.method} lr {base_lr:g}", config.resolved())]
     without = {name: default for name, (_, default) in options().items() if name in STATIC_ONLY}
     without |= dict.fromkeys(("teacher", "teacher_checkpoint", "branches", "branch_init"))
+    without |= {"teacher_checkpoint_ema": False}
     for factor in dict.fromkeys(factors):
         plain = dataclasses.replace(config, method="baseline", lr=base_lr * factor, **without)
         found.append(Arm(f"baseline lr {base_lr * factor:g}", plain.resolved()))

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import functools
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -373,6 +373,11 @@ class TrainConfig:
 def options() -> dict[str, tuple[Option, Any]]:
     """Return the command line option and the default of every setting, in order of declaration."""
     return {field.name: (field.metadata[_OPTION], field.default) for field in dataclasses.fields(TrainConfig)}
+
+
+def completed(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings from a file, with those that an earlier version did not have at their defaults."""
+    return {**{name: default for name, (_, default) in options().items()}, **saved}
 
 
 @functools.cache

@@ -205,13 +205,9 @@ class Engine:
 
     def load_statistics(self, saved: Sequence[Mapping[str, Mapping[str, Tensor]]]) -> None:
         """Give this process its own of the `statistics`; the mean of all where there were others."""
-        if not saved:
-            return
-        of_all = list(saved) if len(saved) != self.group.world else [saved[self.group.rank]]
-        for place, network in self._with_statistics().items():
-            for name, buffer in network.named_buffers():
-                if name in of_all[0][place]:
-                    buffer.copy_(torch.stack([process[place][name] for process in of_all]).mean(0))
+        if saved:
+            of_all = list(saved) if len(saved) != self.group.world else [saved[self.group.rank]]
+            average_statistics(self._with_statistics(), of_all)
 
     def load(self, state: Mapping[str, Any], steps: int) -> None:
         """Go back to a state after that many steps."""
@@ -224,6 +220,14 @@ class Engine:
         self.scheduler.step_update(steps)
         if self._recorded is not None:
             self._recorded.forget()
+
+
+def average_statistics(networks: Mapping[str, nn.Module], saved: Sequence[Mapping[str, Mapping[str, Tensor]]]) -> None:
+    """Give networks, by their place in a checkpoint, the mean of the norm statistics of some processes."""
+    for place, network in networks.items():
+        for name, buffer in network.named_buffers():
+            if name in saved[0][place]:
+                buffer.copy_(torch.stack([process[place][name] for process in saved]).mean(0))
 
 
 class _Joined(torch.autograd.Function):

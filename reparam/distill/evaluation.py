@@ -19,6 +19,7 @@ from reparam.distill.config import TrainConfig
 from reparam.distill.config import options as settings
 from reparam.distill.data import Folders, load_test
 from reparam.distill.distributed import resolve_device
+from reparam.distill.engine import average_statistics
 from reparam.distill.evaluate import Entry
 from reparam.distill.figures import draw_tsne
 from reparam.distill.finish import ASSISTANT, EMA, EXTRACTED, STATIC, TEACHER, entries_of, static_entries
@@ -26,6 +27,7 @@ from reparam.distill.loaders import Facts, Loader, make_loader, without_idle
 from reparam.distill.networks import Networks, make_networks, with_method
 from reparam.distill.statics import load_static_teachers
 from reparam.distill.students import build, check_fit, grown
+from reparam.distill.transfer import finest
 from reparam.errors import DataError, FormatError, InputError, ReparamError
 from reparam.models import load_weights
 from reparam.passes.tf32 import tf32
@@ -92,7 +94,7 @@ def evaluate_run(
     run = _load(saved, config, place, target)
     facts = run.loader.facts
     with torch.no_grad(), tf32(False):
-        rows = evaluate.measure(run.entries, run.loader.test())
+        rows = evaluate.measure(run.entries, run.loader.test(), place=lambda images: images.to(run.example.dtype))
     table = [dataclasses.asdict(row) for row in rows]
     print(f"{saved.path}: {config.model} on {facts.test_images:,} test images of {facts.name}{_stage(saved)}")
     print(report.networks_table(table))
@@ -132,6 +134,15 @@ class _Saved:
     config: dict[str, Any]
     data: dict[str, Any]
     checkpoint: dict[str, Any] | None = None
+
+    @property
+    def statics(self) -> list[int] | None:
+        """Fingerprints of the static teacher and its assistants; None where they were not written."""
+        if self.checkpoint is not None:
+            return self.checkpoint.get("statics")
+        summary = self.path / files.SUMMARY
+        found: list[int] | None = files.read_json(summary).get("statics") if summary.is_file() else None
+        return found
 
 
 def _saved(path: Path) -> _Saved:
@@ -199,27 +210,34 @@ def _load(saved: _Saved, config: TrainConfig, place: torch.device, target: Path 
     loader = make_loader(source, without_idle(config, source), student, place, normalisation=normalisation)
     example = next(iter(loader.test()))[0][:2]
     check_fit(student, example, loader.facts, config.model)
+    if saved.config.get("precision") == "fp64" and finest(place) == torch.float64:
+        student, example = student.double(), example.double()
     if config.widen is not None:
         student = grown(student, config.widen, example, config.noise)
     if saved.checkpoint is not None:
-        entries = _entries_of_state(saved.checkpoint, student, example, config, target)
+        entries = _entries_of_state(saved, student, example, config, target)
     else:
         entries = []
         for suffix, own, wide in (("", files.STUDENT, files.TEACHER), (EMA, files.STUDENT_EMA, files.TEACHER_EMA)):
             if (path / own).is_file():
                 entries += _entries(student, path / own, path / wide, example, config, suffix)
-    entries += _static_entries(config, loader.facts, example)
-    return _Run(source.classes, loader, example, entries)
+    # What a static network expects of its images follows from the data of the run, not from those of this test.
+    facts = dataclasses.replace(loader.facts, name=trained["name"])
+    return _Run(source.classes, loader, example, entries + _static_entries(saved, config, facts, example))
 
 
-def _static_entries(config: TrainConfig, facts: Facts, example: torch.Tensor) -> list[Entry]:
+def _static_entries(saved: _Saved, config: TrainConfig, facts: Facts, example: torch.Tensor) -> list[Entry]:
     if config.distiller is None:
         return []
     try:
-        return static_entries(config, load_static_teachers(config, facts, example))
+        statics = load_static_teachers(config, facts, example)
     except ReparamError as error:
         print(f"without the static teacher: {error}")
         return []
+    if saved.statics not in (None, [static.fingerprint for static in statics]):
+        print("without the static teacher: these are not the weights that it, or an assistant, had in the run")
+        return []
+    return static_entries(config, statics)
 
 
 def _pictured(entries: Sequence[Entry], config: TrainConfig) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
@@ -278,16 +296,23 @@ def _entries(
 
 
 def _entries_of_state(
-    state: Mapping[str, Any], student: nn.Module, example: torch.Tensor, config: TrainConfig, target: Path | None
+    saved: _Saved, student: nn.Module, example: torch.Tensor, config: TrainConfig, target: Path | None
 ) -> list[Entry]:
     """The rows for the networks of a checkpoint, which are written into the folder ``target`` as well."""
+    state = saved.checkpoint or {}
     networks = make_networks(student, example, config)
-    networks.owner.load_state_dict(state["owner"], strict=True)
+    owners = {"owner": networks.owner}
     sets = {"": networks}
     if state["ema"] is not None:
-        averaged = copy.deepcopy(networks.owner)
-        averaged.load_state_dict(state["ema"], strict=True)
-        sets[EMA] = networks.of(averaged)
+        owners["ema"] = copy.deepcopy(networks.owner)
+        sets[EMA] = networks.of(owners["ema"])
+    try:
+        for place, owner in owners.items():
+            owner.load_state_dict(state[place], strict=True)
+    except RuntimeError as error:
+        raise FormatError(f"{saved.path} does not fit {config.model}, which may have changed since: {error}") from error
+    if state.get("statistics"):  # within an epoch each process had its own
+        average_statistics(owners, state["statistics"])
     entries: list[Entry] = []
     for suffix, one in sets.items():
         one.train(False)

@@ -189,10 +189,15 @@ def weights_of(path: str, ema: bool = False) -> tuple[Path, bool]:
 
     Returns:
         The file, and whether to look inside it for averaged weights.
+
+    Raises:
+        InputError: the run has no averaged weights.
     """
     found = Path(path).expanduser()
     if not found.is_dir():
         return found, ema
+    if ema and not (found / STUDENT_EMA).is_file():
+        raise InputError(f"{found} has no averaged weights ({STUDENT_EMA}): a run has them if it is trained with --ema")
     return found / (STUDENT_EMA if ema else STUDENT), False
 
 

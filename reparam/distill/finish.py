@@ -157,6 +157,7 @@ def _summary(
         "student_ema_top1": rows[EXTRACTED + EMA].top1 if EXTRACTED + EMA in rows else None,
         "teacher_top1": rows[TEACHER].top1 if TEACHER in rows else None,
         "teacher_ema_top1": rows[TEACHER + EMA].top1 if TEACHER + EMA in rows else None,
+        "statics": [static.fingerprint for static in engine.statics],
         "static_teacher_top1": rows[STATIC].top1 if STATIC in rows else None,
         "baseline": config.baseline,
         "method": config.method,

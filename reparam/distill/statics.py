@@ -219,8 +219,10 @@ def _normalisation(network: nn.Module, facts: Facts, run: dict[str, Any] | None,
 
 def _read_run(option: str, path: Path, spec: str, model: str, widen: int | None) -> dict[str, Any]:
     """Return the facts about the data of the finished run in ``path``, whose student has to be ``model``."""
-    if not (path / CONFIG).is_file() or not (path / STUDENT).is_file():
-        raise InputError(f"{option}-checkpoint {path} is no output folder of a run: it lacks {CONFIG} or {STUDENT}")
+    lacking = [name for name in (CONFIG, STUDENT) if not (path / name).is_file()]
+    if lacking:
+        alone = "" if STUDENT in lacking else f"; its weights alone are {path / STUDENT}"
+        raise InputError(f"{option}-checkpoint {path} is no output folder of a run: it lacks {lacking[0]}{alone}")
     if not (path / SUMMARY).is_file():
         raise InputError(
             f"{option}-checkpoint {path} is a run that has not finished: its {STUDENT} is that of an earlier epoch, or "

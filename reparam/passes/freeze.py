@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -47,6 +48,7 @@ def make_plan(
     state = Planner(capture, _ratios(capture, ratio, ignored, choices), ignored, choices=choices).run()
     shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(model)}
     params = {name: m for name, m in state.params.items() if not m.is_identity}
+    wide = {name for name, m in params.items() if m.wide_shape != shapes.get(name)}
     made = Plan(
         model=type(model).__name__,
         ratio=ratio,
@@ -62,7 +64,10 @@ def make_plan(
         graph=fingerprint(capture),
         parameters=sum(p.numel() for p in model.parameters()),
         wide_parameters=_wide_parameters(model, params),
-        notes=(*_notes(capture), *_without_rules(capture)),
+        notes=(
+            *_notes(capture),
+            *_without_rules(capture, wide),
+        ),
         specialised=tuple(sorted(capture.specialised)),
     )
     return made, state
@@ -169,16 +174,20 @@ def _notes(capture: Capture) -> list[str]:
     ]
 
 
-def _without_rules(capture: Capture) -> list[str]:
+def _without_rules(capture: Capture, wide: Collection[str]) -> list[str]:
     """Name the operators without a rule, and the modules without a graph, that read weights.
 
     Nothing else says why these weights keep their width: the operators that take what comes out have no say in it.
+
+    Args:
+        capture: the recorded network.
+        wide: weights that are widened.
     """
     reading: dict[str, dict[str, None]] = {}
     weights: dict[fx.Node, str] = {}  # and what is computed from one weight alone
     for node in capture.nodes():
         if node.op == "get_attr" and isinstance(node.meta.get("val"), nn.Parameter):
-            if node.meta["val"].dim() > 1:
+            if node.meta["val"].dim() > 1 and node.target not in wide:
                 weights[node] = str(node.target)
             continue
         read = {weights[source]: None for source in node.all_input_nodes if source in weights}
@@ -195,7 +204,8 @@ def _without_rules(capture: Capture) -> list[str]:
         if read:
             first, *others = read
             notes.append(f"{first}{f' and {len(others)} more' * bool(others)}: kept at student width, read by {reader}")
-    if any(isinstance(node.target, torch._ops.OpOverload) for node in capture.nodes()):
+    exported = (node.target for node in capture.nodes() if isinstance(node.target, torch._ops.OpOverload))
+    if any(target.namespace == "aten" for target in exported):
         notes.append("operators such as aten.conv2d.default are those of exported programs: plan the module itself")
     return notes
 

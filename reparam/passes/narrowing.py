@@ -104,7 +104,8 @@ class Narrowing:
         own = set(teacher.plan.statistics) if teacher.plan.own_statistics else set()
         for name in self.names:
             module = teacher.skeleton.get_submodule(name.rpartition(".")[0])
-            kinds = isinstance(module, nn.RNNBase), bool(getattr(module, "sparse", False))
+            sparse = isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse
+            kinds = isinstance(module, nn.RNNBase), sparse
             if name in own:
                 yield name, _source(teacher, f"{STATISTICS}.{name}", None)
             else:
