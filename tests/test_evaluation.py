@@ -251,8 +251,16 @@ def test_assistants_have_no_averaged_teachers_in_between(tmp_path):
         assert main(small(tmp_path, *words, "--assistant", f"{model},expand:2")) == 0
     rows = table_of(tmp_path / "run" / "summary.json")
     averaged = table_of(start / "summary.json")["student extracted (EMA)"]
+    # A folder that has moved brings its assistants along.
+    shutil.copytree(tmp_path / "run", tmp_path / "moved")
+    shutil.move(tmp_path / "run", tmp_path / "elsewhere")
+    with pytest.warns(UserWarning, match="more than the teacher"):
+        assert list(measured(tmp_path, tmp_path / "moved")) == list(rows)
+    (*_, last) = checkpoints(tmp_path / "moved")
+    with pytest.warns(UserWarning, match="more than the teacher"):
+        assert list(measured(tmp_path, last)) == list(rows)
     assert rows["static teacher"]["top1"] == averaged["top1"]
-    folders = sorted((tmp_path / "run").glob("assistant-*/config.json"))
+    folders = sorted((tmp_path / "moved").glob("assistant-*/config.json"))
     flags = [json.loads(path.read_text())["config"]["teacher_checkpoint_ema"] for path in folders]
     assert flags == [True, False]
 

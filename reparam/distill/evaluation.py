@@ -230,7 +230,7 @@ def _static_entries(saved: _Saved, config: TrainConfig, facts: Facts, example: t
     if config.distiller is None:
         return []
     try:
-        statics = load_static_teachers(config, facts, example)
+        statics = load_static_teachers(_with_own_assistants(saved, config), facts, example)
     except ReparamError as error:
         print(f"without the static teacher: {error}")
         return []
@@ -238,6 +238,16 @@ def _static_entries(saved: _Saved, config: TrainConfig, facts: Facts, example: t
         print("without the static teacher: these are not the weights that it, or an assistant, had in the run")
         return []
     return static_entries(config, statics)
+
+
+def _with_own_assistants(saved: _Saved, config: TrainConfig) -> TrainConfig:
+    """Look for assistants that the run trained in its own folder, which may have moved since."""
+    if config.assistant_checkpoint is None:
+        return config
+    folder = saved.path.parent.parent if saved.checkpoint is not None else saved.path
+    paths = [Path(path) for path in config.assistant_checkpoint.split(",")]
+    found = [path if path.exists() else folder / path.name for path in paths]
+    return dataclasses.replace(config, assistant_checkpoint=",".join(map(str, found)))
 
 
 def _pictured(entries: Sequence[Entry], config: TrainConfig) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
