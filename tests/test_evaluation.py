@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from training import NETS, facts, read_csv
 
 from reparam.cli import main
+from reparam.distill import evaluation
 from reparam.distill.checkpoints import checkpoints, read_checkpoint
 from reparam.distill.compare import arms
 from reparam.distill.config import TrainConfig
@@ -96,10 +97,12 @@ def test_the_run_names_its_best_epoch(folder):
     assert "--output DIR" not in closing(summary, folder / "run")
 
 
-def test_the_checkpoint_of_a_run_in_float64(tmp_path):
+def test_the_checkpoint_of_a_run_in_float64(tmp_path, monkeypatch):
     assert main(small(tmp_path, "--precision", "fp64", "--ema", "0.8")) == 0
     (*_, last) = checkpoints(tmp_path / "run")
-    found = measured(tmp_path, last, "--output", str(tmp_path / "new"))
+    monkeypatch.setattr(evaluation, "TSNE_IMAGES", 40)
+    found = measured(tmp_path, last, "--output", str(tmp_path / "new"), "--tsne", str(tmp_path / "logits.png"))
+    assert (tmp_path / "logits.png").is_file()
     table = table_of(tmp_path / "run" / "summary.json")
     assert {name: row["top1"] for name, row in found.items()} == {name: row["top1"] for name, row in table.items()}
     for name in WEIGHTS:

@@ -104,7 +104,7 @@ def evaluate_run(
         files.write_json(written, {"table": table, **provenance(f"reparam evaluate {saved.path.name}", place)})
     if picture is not None:
         networks = _pictured(run.entries, config)
-        _draw_logits(networks, run.loader, run.classes, picture)
+        _draw_logits(networks, run, picture)
     return 0 if all(row.passed for row in rows if row.same_as is not None) else 1
 
 
@@ -260,19 +260,15 @@ def _pictured(entries: Sequence[Entry], config: TrainConfig) -> dict[str, Callab
     }
 
 
-def _draw_logits(
-    networks: Mapping[str, Callable[[torch.Tensor], torch.Tensor]],
-    loader: Loader,
-    classes: Sequence[str],
-    path: Path,
-) -> None:
+def _draw_logits(networks: Mapping[str, Callable[[torch.Tensor], torch.Tensor]], run: _Run, path: Path) -> None:
     """Run the networks on the first test images of the first classes, as many of each, and draw their logits."""
+    classes = run.classes
     shown = min(TSNE_CLASSES, len(classes))
     left = [TSNE_IMAGES // shown] * shown
     logits: dict[str, list[torch.Tensor]] = {name: [] for name in networks}
     labels: list[torch.Tensor] = []
     with torch.no_grad(), tf32(False):
-        for images, batch in loader.test():
+        for images, batch in run.loader.test():
             kept = []
             for place, label in enumerate(batch.tolist()):
                 if label < shown and left[label]:
@@ -280,7 +276,7 @@ def _draw_logits(
                     kept.append(place)
             if kept:
                 labels.append(batch[kept].cpu())
-                placed = images[kept]
+                placed = images[kept].to(run.example.dtype)
                 for name, network in networks.items():
                     logits[name].append(network(placed).float().cpu())
             if not any(left):
